@@ -1,0 +1,82 @@
+"""The one decision of the package: does a registered kernel answer a call, or the PyTorch reference?
+
+Everything that uses a private PyTorch API is here; tests/test_route.py tries it on every supported version.
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Callable
+
+import torch
+import torch.autograd.forward_ad as forward_ad
+from torch import Tensor
+
+from fastmix import _library
+
+KERNEL_DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
+
+# Op → the device types for which a kernel is registered.
+kernels: dict[str, frozenset[str]] = {}
+
+
+def note_kernels(op: str) -> None:
+    """Records for which devices `fastmix::op` has a kernel. Called once, after all registrations of the op."""
+    has = torch._C._dispatch_has_kernel_for_dispatch_key
+    kernels[op] = frozenset(key.lower() for key in ("CPU", "CUDA") if has(f"fastmix::{op}", key))
+
+
+def kernel_answers(op: str, x: Tensor) -> bool:
+    """True if `torch.ops.fastmix.<op>` has a kernel for x's device and dtype and may be called here.
+
+    Under functorch transforms (vmap, jvp, grad, …) and inside a forward-mode AD level the reference answers:
+    those see through PyTorch functions, not through an op.
+    """
+    if x.device.type not in kernels[op]:
+        if _library.missing_reason and not torch.compiler.is_compiling():
+            _warn_once()
+        return False
+    return (
+        x.dtype in KERNEL_DTYPES
+        and not torch._C._are_functorch_transforms_active()
+        and forward_ad._current_level < 0  # no public function tells
+    )
+
+
+def data_is_visible(x: Tensor) -> bool:
+    """True if x's values may be read: not while compiling, inside a functorch transform, or capturing a CUDA graph."""
+    return not (
+        torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or (x.is_cuda and torch.cuda.is_current_stream_capturing())
+        or x.is_meta
+    )
+
+
+@functools.cache
+def _warn_once() -> None:
+    warnings.warn(
+        f"fastmix has no compiled kernels here ({_library.missing_reason}); the PyTorch reference answers, "
+        "correct but slower. `fastmix doctor` tells more.",
+        stacklevel=4,
+    )
+
+
+def differentiate_backward(op_bwd: str, reference: Callable[..., Tensor], num_inputs: int) -> None:
+    """Gives the backward op `fastmix::op_bwd(grad_output, *inputs)` its own gradient, from the reference.
+
+    The backward of `reference(*inputs)` is its vector-Jacobian product; differentiating that, as often as asked,
+    is double backward. Slower than a kernel, and the same code for every op.
+    """
+
+    def reference_bwd(grad_output: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
+        return torch.func.vjp(reference, *inputs)[1](grad_output)
+
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs[: num_inputs + 1])
+
+    def backward(ctx, *grads):
+        return torch.func.vjp(reference_bwd, *ctx.saved_tensors)[1](grads)
+
+    torch.library.register_autograd(f"fastmix::{op_bwd}", backward, setup_context=setup_context)
