@@ -37,7 +37,7 @@ inline Vec load(const BFloat16* p) {
   HVec half;
   std::memcpy(&half, p, sizeof(half));
   const UVec bits = __builtin_convertvector(half, UVec) << 16;
-  return reinterpret_cast<const Vec&>(bits);
+  return reinterpret_cast<Vec>(bits);
 }
 
 inline Vec load(const Half* p) {
@@ -54,7 +54,7 @@ inline void store(float* p, Vec v) { std::memcpy(p, &v, sizeof(v)); }
 
 inline void store(BFloat16* p, Vec v) {
   // Round to nearest, ties to even; a NaN keeps a set bit in its upper half.
-  const UVec bits = reinterpret_cast<const UVec&>(v);
+  const UVec bits = reinterpret_cast<UVec>(v);
   const UVec rounded = bits + 0x7fff + ((bits >> 16) & 1);
   const auto is_nan = v != v;
   const UVec result = is_nan ? (bits | 0x400000) : rounded;
@@ -102,11 +102,34 @@ inline void exchange(Vec& a, Vec& b, std::integer_sequence<int, i...>) {
   b = high;
 }
 
+template <int... i>
+inline void unzip(Vec low, Vec high, Vec& even, Vec& odd, std::integer_sequence<int, i...>) {
+  even = __builtin_shufflevector(low, high, (2 * i)...);
+  odd = __builtin_shufflevector(low, high, (2 * i + 1)...);
+}
+
+template <int... i>
+inline void zip(Vec even, Vec odd, Vec& low, Vec& high, std::integer_sequence<int, i...>) {
+  low = __builtin_shufflevector(even, odd, (i % 2 * kLanes + i / 2)...);
+  high = __builtin_shufflevector(even, odd, (i % 2 * kLanes + (i + kLanes) / 2)...);
+}
+
 }  // namespace detail
 
 using LaneSequence = std::make_integer_sequence<int, kLanes>;
 
 inline Vec reverse(Vec v) { return detail::reverse(v, LaneSequence{}); }
+
+// a, b ← the even and the odd elements of p[0 : 2·kLanes], and back.
+inline void load_pairs(const float* p, Vec& a, Vec& b) {
+  detail::unzip(load(p), load(p + kLanes), a, b, LaneSequence{});
+}
+inline void store_pairs(float* p, Vec a, Vec b) {
+  Vec low, high;
+  detail::zip(a, b, low, high, LaneSequence{});
+  store(p, low);
+  store(p + kLanes, high);
+}
 
 // rows[i][j] ↔ rows[j][i]
 inline void transpose(Vec (&rows)[kLanes]) {

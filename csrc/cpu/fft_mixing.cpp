@@ -1,193 +1,18 @@
-// fourier_mixing: y = Re(F_S x F_H)·scale, as real (Hartley) transforms of half of x.
-// y depends only on z[s,h] = ½(x[s,h] + x[−s,−h]) and y[−s,−h] = y[s,h]; with dht(z)[k] = Σ_j z[j](cos + sin)(2πjk/n):
-//   columns: T[h] = dht_S(z[:,h]) for h ≤ H/2;   rows: y[s] = dht_H(w), w[h] = T[h][−s], w[−h] = T[h][s], for s ≤ S/2.
-// A block owns 2·kLanes columns (rows), kLanes of them as real and kLanes as imaginary parts of one complex DFT.
-// float32 inside for every dtype; no complex tensor; one float32 intermediate T of half the size per sample in work.
+// The CPU ops of Fourier mixing and the global filter: checks, allocation, parallel loops, registration.
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
 
-#include <algorithm>
-#include <atomic>
-#include <cmath>
 #include <optional>
+#include <tuple>
 
-#include "common/check.h"
-#include "cpu/fft_lanes.h"
-#include "cpu/scratch.h"
+#include "cpu/fourier_mixing.h"
+#include "cpu/global_filter.h"
 
 namespace fastmix {
 namespace {
 
 using torch::stable::Tensor;
 
-constexpr int kColumns = 2 * kLanes;            // of a block
-constexpr int64_t kGroupElements = int64_t{1} << 18;  // of T a thread, which its cache keeps between the passes
-
-int64_t mirrored(int64_t index, int64_t n) { return index == 0 ? 0 : n - index; }
-
-// Lanes i ← p[−(start + i) mod n], i < count ≤ kLanes.
-template <typename T>
-Vec load_mirrored(const T* p, int64_t start, int64_t n, int64_t count) {
-  if (start > 0 && count == kLanes) return reverse(load(p + n - start - kLanes + 1));
-  T values[kLanes] = {};
-  for (int64_t i = 0; i < count; ++i) values[i] = p[mirrored(start + i, n)];
-  return load(values);
-}
-
-template <typename T>
-Vec load_lanes(const T* p, int64_t count) {
-  return count == kLanes ? load(p) : load_first(p, count);
-}
-
-// p[start + i] ← lanes i, and likewise mirrored.
-template <typename T>
-void store_lanes(T* p, Vec v, int64_t count) {
-  count == kLanes ? store(p, v) : store_first(p, v, count);
-}
-
-template <typename T>
-void store_mirrored(T* p, Vec v, int64_t start, int64_t n, int64_t count) {
-  if (start > 0 && count == kLanes) return store(p + n - start - kLanes + 1, reverse(v));
-  T values[kLanes];
-  store(values, v);
-  for (int64_t i = 0; i < count; ++i) p[mirrored(start + i, n)] = values[i];
-}
-
-int64_t lanes_of(int64_t columns, int64_t part) {
-  return std::min<int64_t>(std::max<int64_t>(columns - part * kLanes, 0), kLanes);
-}
-
-// Hartley transforms of the columns in z = DFT(a + ib), transposed: emit(part, k, count, rows) gets, for the columns
-// of a (part 0) and b (part 1), rows[lane][i] = dht[k + i] · factor for i < count.
-template <typename Emit>
-void emit_hartley(const Complex* z, int64_t n, float factor, int64_t columns, const Emit& emit) {
-  factor *= 0.5f;
-  for (int64_t k0 = 0; k0 < n; k0 += kLanes) {
-    const int64_t count = std::min<int64_t>(kLanes, n - k0);
-    Vec a[kLanes] = {}, b[kLanes] = {};
-    for (int64_t i = 0; i < count; ++i) {
-      const Complex plus = z[k0 + i], minus = z[mirrored(k0 + i, n)];
-      a[i] = (plus.re + minus.re - plus.im + minus.im) * factor;
-      b[i] = (plus.im + minus.im + plus.re - minus.re) * factor;
-    }
-    transpose(a);
-    emit(0, k0, count, a);
-    if (columns > kLanes) {
-      transpose(b);
-      emit(1, k0, count, b);
-    }
-  }
-}
-
-struct Sample {
-  int64_t s, h, stride;  // tokens, channels, row stride of T [h / 2 + 1, stride]
-};
-
-// T[h0 : h0 + columns] from x.
-template <typename T>
-void transform_columns(const T* x, float* half, Sample size, const FftPlan& plan, int64_t h0, int64_t columns,
-                       Complex* p) {
-  const auto [s, h, stride] = size;
-  const int64_t first = lanes_of(columns, 0), second = lanes_of(columns, 1);
-  for (int64_t i = 0; i < s; ++i) {
-    const T* row = x + i * h + h0;
-    const T* opposite = x + mirrored(i, s) * h;
-    p[i].re = (load_lanes(row, first) + load_mirrored(opposite, h0, h, first)) * 0.5f;
-    p[i].im = second == 0 ? Vec{}
-                          : (load_lanes(row + kLanes, second) + load_mirrored(opposite, h0 + kLanes, h, second)) * 0.5f;
-  }
-  const Complex* z = fft(plan, 1, p, p + plan.m);
-  emit_hartley(z, s, 1.0f, columns, [&](int part, int64_t k, int64_t count, const Vec* rows) {
-    for (int64_t lane = 0; lane < lanes_of(columns, part); ++lane) {
-      store_lanes(half + (h0 + part * kLanes + lane) * stride + k, rows[lane], count);
-    }
-  });
-}
-
-// Rows s0 : s0 + columns of y and their mirror images, from T.
-template <typename T>
-void transform_rows(const float* half, T* y, Sample size, const FftPlan& plan, float scale, int64_t s0,
-                    int64_t columns, Complex* p) {
-  const auto [s, h, stride] = size;
-  for (int64_t j = 0; j <= h / 2; ++j) {
-    const float* column = half + j * stride;
-    Complex direct = {Vec{}, Vec{}}, reflected = {Vec{}, Vec{}};
-    direct.re = load_lanes(column + s0, lanes_of(columns, 0));
-    reflected.re = load_mirrored(column, s0, s, lanes_of(columns, 0));
-    if (columns > kLanes) {
-      direct.im = load_lanes(column + s0 + kLanes, lanes_of(columns, 1));
-      reflected.im = load_mirrored(column, s0 + kLanes, s, lanes_of(columns, 1));
-    }
-    p[mirrored(j, h)] = direct;
-    p[j] = reflected;  // the same where j is its own mirror image
-  }
-  const Complex* z = fft(plan, 1, p, p + plan.m);
-  emit_hartley(z, h, scale, columns, [&](int part, int64_t k, int64_t count, const Vec* rows) {
-    for (int64_t lane = 0; lane < lanes_of(columns, part); ++lane) {
-      const int64_t row = s0 + part * kLanes + lane;
-      store_lanes(y + row * h + k, rows[lane], count);
-      if (mirrored(row, s) != row) store_mirrored(y + mirrored(row, s) * h, rows[lane], k, h, count);
-    }
-  });
-}
-
-// block(sample, first column, columns) for all columns of all samples, in parallel; `length` is the transform's.
-template <typename Block>
-void for_blocks(int64_t samples, int64_t columns, int64_t length, const Block& block) {
-  const int64_t blocks = (columns + kColumns - 1) / kColumns;
-  const int64_t grain = std::max<int64_t>(1, 8192 / (length * kColumns));
-  torch::stable::parallel_for(0, samples * blocks, grain, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t first = i % blocks * kColumns;
-      block(i / blocks, first, std::min<int64_t>(kColumns, columns - first));
-    }
-  });
-}
-
-template <typename T>
-void fourier_mixing(const T* x, T* y, const int64_t* lengths, int64_t batch, int64_t s, int64_t h, double exponent) {
-  const int64_t stride = (s + 15) / 16 * 16 + 16;  // not a power of two: rows of T must not share cache sets
-  const int64_t half_size = (h / 2 + 1) * stride;
-  const int64_t samples_a_thread = std::max<int64_t>(1, kGroupElements / half_size);
-  const int64_t group = std::min<int64_t>(batch, samples_a_thread * torch::stable::get_num_threads());
-  const auto half = allocate<float>(group * half_size);
-  FASTMIX_CHECK(half, "fourier_mixing: no memory for an intermediate of ", group, " x ", half_size, " float32");
-  std::atomic<bool> no_memory{false};
-
-  for (int64_t begin = 0; begin < batch; begin += group) {
-    const int64_t samples = std::min(group, batch - begin);
-    const auto length_of = [&](int64_t sample) { return lengths ? lengths[begin + sample] : s; };
-    for_blocks(samples, h / 2 + 1, s, [&](int64_t sample, int64_t first, int64_t columns) {
-      const int64_t length = length_of(sample);
-      if (length == 0) return;
-      const FftPlan& plan = fft_plan(length);
-      Complex* buffer = thread_scratch<Complex>(2 * plan.m);
-      if (!buffer) {
-        no_memory = true;
-        return;
-      }
-      transform_columns(x + (begin + sample) * s * h, half.get() + sample * half_size, {length, h, stride}, plan, first,
-                        columns, buffer);
-    });
-    for_blocks(samples, s / 2 + 1, h, [&](int64_t sample, int64_t first, int64_t columns) {
-      const int64_t length = length_of(sample);
-      T* out = y + (begin + sample) * s * h;
-      if (first == 0) std::fill(out + length * h, out + s * h, T(0));
-      columns = std::min(columns, length / 2 + 1 - first);
-      if (length == 0 || columns <= 0) return;
-      const FftPlan& plan = fft_plan(h);
-      Complex* buffer = thread_scratch<Complex>(2 * plan.m);
-      if (!buffer) {
-        no_memory = true;
-        return;
-      }
-      const auto scale = static_cast<float>(std::pow(static_cast<double>(length) * h, -exponent));
-      transform_rows(half.get() + sample * half_size, out, {length, h, stride}, plan, scale, first, columns, buffer);
-    });
-  }
-  FASTMIX_CHECK(!no_memory, "fourier_mixing: no memory for transforms of ", s, " x ", h);
-}
+constexpr int64_t kFilterItems = 16;  // pieces of work in the backward of the global filter, at least
 
 Tensor fourier_mixing_cpu(const Tensor& x, const std::optional<Tensor>& lengths, double exponent) {
   FASTMIX_CHECK(x.dim() >= 2 && x.size(-1) > 0 && x.size(-2) > 0, "x must be [..., S, H] with S, H >= 1");
@@ -213,7 +38,96 @@ Tensor fourier_mixing_cpu(const Tensor& x, const std::optional<Tensor>& lengths,
   return output;
 }
 
+void check_filter(const Tensor& x, const Tensor& weight) {
+  FASTMIX_CHECK(x.dim() == 4 && x.size(1) > 0 && x.size(2) > 0, "x must be [B, h, w, C] with h, w >= 1");
+  FASTMIX_CHECK(weight.scalar_type() == torch::headeronly::ScalarType::Float && weight.dim() == 4 &&
+                    weight.size(0) == x.size(1) && weight.size(1) == x.size(2) / 2 + 1 &&
+                    weight.size(2) == x.size(3) && weight.size(3) == 2,
+                "weight must be float32 [h, w // 2 + 1, C, 2]");
+}
+
+Tensor global_filter_cpu(const Tensor& x, const Tensor& weight) {
+  check_filter(x, weight);
+  const Tensor input = torch::stable::contiguous(x), filter = torch::stable::contiguous(weight);
+  Tensor output = torch::stable::empty_like(input);
+  if (input.numel() == 0) return output;
+  const GlobalFilter f{x.size(1), x.size(2), x.size(3)};
+  const int64_t batch = x.size(0), image = f.h * f.w * f.c, blocks = (f.c + kColumns - 1) / kColumns;
+  const int64_t grain = std::max<int64_t>(1, 4096 / (f.h * f.w * kColumns));
+  const auto* w = static_cast<const float*>(filter.data_ptr());
+  std::atomic<bool> no_memory{false};
+  for_dtype("x", input, [&](auto zero) {
+    using T = decltype(zero);
+    const auto* in = static_cast<const T*>(input.data_ptr());
+    auto* out = static_cast<T*>(output.data_ptr());
+    // Images run fastest: the weights of a block of channels stay in the cache.
+    torch::stable::parallel_for(0, blocks * batch, grain, [&](int64_t begin, int64_t end) {
+      Complex* buffer = thread_scratch<Complex>(f.image_size() + f.scratch_size());
+      if (!buffer) no_memory = true;
+      for (int64_t i = begin; i < end && buffer; ++i) {
+        const int64_t first = i / batch * kColumns, offset = i % batch * image;
+        filter_block(f, in + offset, w, out + offset, first, std::min<int64_t>(kColumns, f.c - first), buffer);
+      }
+    });
+  });
+  FASTMIX_CHECK(!no_memory, "global_filter: no memory for images of ", f.h, " x ", f.w);
+  return output;
+}
+
+std::tuple<Tensor, Tensor> global_filter_bwd_cpu(const Tensor& grad_output, const Tensor& x, const Tensor& weight) {
+  check_filter(x, weight);
+  FASTMIX_CHECK(grad_output.scalar_type() == x.scalar_type() && grad_output.dim() == 4 &&
+                    std::equal(x.sizes().begin(), x.sizes().end(), grad_output.sizes().begin()),
+                "grad_output must have x's shape and dtype");
+  const Tensor dy = torch::stable::contiguous(grad_output), input = torch::stable::contiguous(x);
+  const Tensor filter = torch::stable::contiguous(weight);
+  Tensor dx = torch::stable::empty_like(input), dweight = torch::stable::empty_like(filter);
+  if (input.numel() == 0) return {dx, torch::stable::zero_(dweight)};
+  const GlobalFilter f{x.size(1), x.size(2), x.size(3)};
+  const int64_t batch = x.size(0), image = f.h * f.w * f.c, blocks = (f.c + kColumns - 1) / kColumns;
+  // Few channels: the batch is split too, into parts that depend on the shape alone, so that sums are reproducible.
+  const int64_t parts = std::min(batch, (kFilterItems + blocks - 1) / blocks);
+  const int64_t weights = dweight.numel(), images = (batch + parts - 1) / parts;
+  const auto partial = allocate<float>(parts > 1 ? parts * weights : 0);
+  FASTMIX_CHECK(partial, "global_filter: no memory for ", parts, " x ", weights, " float32");
+  auto* dw = static_cast<float*>(dweight.data_ptr());
+  float* target = parts > 1 ? partial.get() : dw;
+  const auto* w = static_cast<const float*>(filter.data_ptr());
+  std::atomic<bool> no_memory{false};
+  for_dtype("x", input, [&](auto zero) {
+    using T = decltype(zero);
+    const auto* grad = static_cast<const T*>(dy.data_ptr());
+    const auto* in = static_cast<const T*>(input.data_ptr());
+    auto* out = static_cast<T*>(dx.data_ptr());
+    torch::stable::parallel_for(0, blocks * parts, 1, [&](int64_t begin, int64_t end) {
+      const int64_t size = 2 * (f.image_size() + f.scratch_size() + f.h * f.half());
+      Complex* buffer = thread_scratch<Complex>(size);
+      if (!buffer) no_memory = true;
+      for (int64_t i = begin; i < end && buffer; ++i) {
+        const int64_t first = i / parts * kColumns, part = i % parts, start = std::min(part * images, batch);
+        filter_block_bwd(f, grad + start * image, in + start * image, w, out + start * image, target + part * weights,
+                         std::min(images, batch - start), first, std::min<int64_t>(kColumns, f.c - first), buffer);
+      }
+    });
+  });
+  FASTMIX_CHECK(!no_memory, "global_filter: no memory for images of ", f.h, " x ", f.w);
+  if (parts > 1) {
+    torch::stable::parallel_for(0, weights, 4096, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        float sum = 0;
+        for (int64_t part = 0; part < parts; ++part) sum += target[part * weights + i];
+        dw[i] = sum;
+      }
+    });
+  }
+  return {dx, dweight};
+}
+
 }  // namespace
 }  // namespace fastmix
 
-STABLE_TORCH_LIBRARY_IMPL(fastmix, CPU, m) { m.impl("fourier_mixing", TORCH_BOX(&fastmix::fourier_mixing_cpu)); }
+STABLE_TORCH_LIBRARY_IMPL(fastmix, CPU, m) {
+  m.impl("fourier_mixing", TORCH_BOX(&fastmix::fourier_mixing_cpu));
+  m.impl("global_filter", TORCH_BOX(&fastmix::global_filter_cpu));
+  m.impl("global_filter_bwd", TORCH_BOX(&fastmix::global_filter_bwd_cpu));
+}
