@@ -17,24 +17,28 @@ namespace fastmix {
 
 inline constexpr int64_t kGroupElements = int64_t{1} << 18;  // of T a thread, which its cache keeps between the passes
 
-// Hartley transforms of the columns in z = DFT(a + ib), transposed: emit(part, k, count, rows) gets, for the columns
-// of a (part 0) and b (part 1), rows[lane][i] = dht[k + i] · factor for i < count.
+// A tile of transposed results: element i of lane l is rows[i / kLanes][l][i % kLanes].
+constexpr int kTile = 16;  // elements: a cache line, so that rows are written line by line
+using Tile = Vec[kTile / kLanes][kLanes];
+
+// Hartley transforms of the columns in z = DFT(a + ib), transposed: emit(part, k, tile) gets dht[k : k + kTile] · factor
+// of the columns of a (part 0) and b (part 1). Elements beyond n are undefined.
 template <typename Emit>
-void emit_hartley(const Complex* z, int64_t n, float factor, int64_t columns, const Emit& emit) {
+[[gnu::always_inline]] inline void emit_hartley(const Complex* z, int64_t n, float factor, int64_t columns,
+                                                const Emit& emit) {
   factor *= 0.5f;
-  for (int64_t k0 = 0; k0 < n; k0 += kLanes) {
-    const int64_t count = std::min<int64_t>(kLanes, n - k0);
-    Vec a[kLanes] = {}, b[kLanes] = {};
-    for (int64_t i = 0; i < count; ++i) {
-      const Complex plus = z[k0 + i], minus = z[mirrored(k0 + i, n)];
-      a[i] = (plus.re + minus.re - plus.im + minus.im) * factor;
-      b[i] = (plus.im + minus.im + plus.re - minus.re) * factor;
-    }
-    transpose(a);
-    emit(0, k0, count, a);
-    if (columns > kLanes) {
-      transpose(b);
-      emit(1, k0, count, b);
+  for (int64_t k0 = 0; k0 < n; k0 += kTile) {
+    for (int part = 0; part < 2 && part * kLanes < columns; ++part) {
+      Tile tile;
+      for (int block = 0; block < kTile / kLanes; ++block) {
+        for (int i = 0; i < kLanes; ++i) {
+          const int64_t k = std::min(k0 + block * kLanes + i, n - 1);
+          const Complex plus = z[k], minus = z[mirrored(k, n)];
+          tile[block][i] = (part == 0 ? plus.re + minus.re - plus.im + minus.im : plus.im + minus.im + plus.re - minus.re) * factor;
+        }
+        transpose(tile[block]);
+      }
+      emit(part, k0, tile);
     }
   }
 }
@@ -52,14 +56,19 @@ void transform_columns(const T* x, float* half, Sample size, const FftPlan& plan
   for (int64_t i = 0; i < s; ++i) {
     const T* row = x + i * h + h0;
     const T* opposite = x + mirrored(i, s) * h;
+    __builtin_prefetch(row + kColumns, 0, 2);
+    __builtin_prefetch(opposite + h - h0 - 2 * kColumns, 0, 2);
     p[i].re = (load_lanes(row, first) + load_mirrored(opposite, h0, h, first)) * 0.5f;
     p[i].im = second == 0 ? Vec{}
                           : (load_lanes(row + kLanes, second) + load_mirrored(opposite, h0 + kLanes, h, second)) * 0.5f;
   }
   const Complex* z = fft(plan, 1, p, p + plan.m);
-  emit_hartley(z, s, 1.0f, columns, [&](int part, int64_t k, int64_t count, const Vec* rows) {
+  emit_hartley(z, s, 1.0f, columns, [&](int part, int64_t k, const Tile& tile) {
     for (int64_t lane = 0; lane < lanes_of(columns, part); ++lane) {
-      store_lanes(half + (h0 + part * kLanes + lane) * stride + k, rows[lane], count);
+      float* row = half + (h0 + part * kLanes + lane) * stride;
+      for (int64_t i = 0; i < kTile && k + i < s; i += kLanes) {
+        store_lanes(row + k + i, tile[i / kLanes][lane], std::min<int64_t>(kLanes, s - k - i));
+      }
     }
   });
 }
@@ -82,13 +91,31 @@ void transform_rows(const float* half, T* y, Sample size, const FftPlan& plan, f
     p[j] = reflected;  // the same where j is its own mirror image
   }
   const Complex* z = fft(plan, 1, p, p + plan.m);
-  emit_hartley(z, h, scale, columns, [&](int part, int64_t k, int64_t count, const Vec* rows) {
-    for (int64_t lane = 0; lane < lanes_of(columns, part); ++lane) {
-      const int64_t row = s0 + part * kLanes + lane;
-      store_lanes(y + row * h + k, rows[lane], count);
-      if (mirrored(row, s) != row) store_mirrored(y + mirrored(row, s) * h, rows[lane], k, h, count);
+  const int64_t row_size = (h + kTile - 1) / kTile * kTile + kTile;
+  float* rows = reinterpret_cast<float*>(p + 2 * plan.m);
+  emit_hartley(z, h, scale, columns, [&](int part, int64_t k, const Tile& tile) {
+    for (int lane = 0; lane < kLanes; ++lane) {
+      float* row = rows + (part * kLanes + lane) * row_size + k;
+      for (int i = 0; i < kTile; i += kLanes) store(row + i, tile[i / kLanes][lane]);
     }
   });
+  for (int64_t i = 0; i < columns; ++i) {
+    const float* row = rows + i * row_size;
+    const int64_t opposite = mirrored(s0 + i, s);
+    T* out = y + (s0 + i) * h;
+    int64_t k = 0;
+    for (; k + kLanes <= h; k += kLanes) store(out + k, load(row + k));
+    if (k < h) store_first(out + k, load(row + k), h - k);
+    if (opposite == s0 + i) continue;
+    out = y + opposite * h;
+    out[0] = T(row[0]);
+    for (k = 1; k + kLanes <= h; k += kLanes) store(out + k, reverse(load(row + h - k - kLanes + 1)));
+    if (k < h) {
+      float tail[kLanes] = {};
+      for (int64_t j = k; j < h; ++j) tail[j - k] = row[h - j];
+      store_first(out + k, load(tail), h - k);
+    }
+  }
 }
 
 // block(sample, first column, columns) for all columns of all samples, in parallel; `length` is the transform's.
@@ -121,7 +148,7 @@ void fourier_mixing(const T* x, T* y, const int64_t* lengths, int64_t batch, int
       const int64_t length = length_of(sample);
       if (length == 0) return;
       const FftPlan& plan = fft_plan(length);
-      Complex* buffer = thread_scratch<Complex>(2 * plan.m);
+      Complex* buffer = thread_scratch<Complex>(2 * plan.m + h + 3 * kTile);
       if (!buffer) {
         no_memory = true;
         return;
@@ -136,7 +163,7 @@ void fourier_mixing(const T* x, T* y, const int64_t* lengths, int64_t batch, int
       columns = std::min(columns, length / 2 + 1 - first);
       if (length == 0 || columns <= 0) return;
       const FftPlan& plan = fft_plan(h);
-      Complex* buffer = thread_scratch<Complex>(2 * plan.m);
+      Complex* buffer = thread_scratch<Complex>(2 * plan.m + h + 3 * kTile);
       if (!buffer) {
         no_memory = true;
         return;

@@ -224,24 +224,38 @@ __device__ __forceinline__ void fft_pass(float2* data, const FftPasses& state, c
   __syncthreads();
 }
 
-template <int kElements, class Source>
-__device__ __forceinline__ void next_pass(float2* data, FftPasses& state, const Source& source) {
-  const int radix = static_cast<int>(state.radices & 15) + 1;
-  switch (radix) {
-    case 2: fft_pass<2, kElements>(data, state, source); break;
-    case 3: fft_pass<3, kElements>(data, state, source); break;
-    case 4: fft_pass<4, kElements>(data, state, source); break;
-    case 5: fft_pass<5, kElements>(data, state, source); break;
-    case 7: fft_pass<7, kElements>(data, state, source); break;
-    case 8: fft_pass<8, kElements>(data, state, source); break;
-    case 11: fft_pass<11, kElements>(data, state, source); break;
-    case 13: fft_pass<13, kElements>(data, state, source); break;
-    default: fft_pass<16, kElements>(data, state, source);
-  }
+// Real functions: inlined side by side, the nine passes keep each other's values alive and spill.
+template <int kRadix, int kElements>
+__device__ __noinline__ void fft_pass_in_place(FftPasses state) {
+  extern __shared__ float2 shared[];
+  fft_pass<kRadix, kElements>(shared, state, SharedSource{});
+}
+
+__device__ __forceinline__ int pass_radix(const FftPasses& state) { return static_cast<int>(state.radices & 15) + 1; }
+
+__device__ __forceinline__ void advance(FftPasses& state) {
+  const int radix = pass_radix(state);
   state.length /= radix;
   state.stride *= radix;
   state.twiddles += state.length * (radix - 1);
   state.radices >>= 4;
+}
+
+template <int kElements>
+__device__ __forceinline__ void remaining_passes(FftPasses& state) {
+  for (; state.length > 1; advance(state)) {
+    switch (pass_radix(state)) {
+      case 2: fft_pass_in_place<2, kElements>(state); break;
+      case 3: fft_pass_in_place<3, kElements>(state); break;
+      case 4: fft_pass_in_place<4, kElements>(state); break;
+      case 5: fft_pass_in_place<5, kElements>(state); break;
+      case 7: fft_pass_in_place<7, kElements>(state); break;
+      case 8: fft_pass_in_place<8, kElements>(state); break;
+      case 11: fft_pass_in_place<11, kElements>(state); break;
+      case 13: fft_pass_in_place<13, kElements>(state); break;
+      default: fft_pass_in_place<16, kElements>(state);
+    }
+  }
 }
 
 __device__ __forceinline__ FftPasses first_pass(const FftView& plan, int columns, int lines) {
@@ -254,7 +268,7 @@ __device__ __forceinline__ FftPasses first_pass(const FftView& plan, int columns
 template <int kElements>
 __device__ __forceinline__ void fft_shared(float2* data, const FftView& plan, int columns, int lines) {
   FftPasses state = first_pass(plan, columns, lines);
-  while (state.length > 1) next_pass<kElements>(data, state, SharedSource{});
+  remaining_passes<kElements>(state);
 }
 
 // One line of DFTs of length plan.n, of the elements load(i, c). Element k of the result is fft_result(…, k, c).
@@ -264,8 +278,13 @@ __device__ __forceinline__ void fft_loaded(float2* data, const FftView& plan, in
   const bool bluestein = plan.m > plan.n;
   const SmallDivisor by_columns(columns);
   FftPasses state = first_pass(plan, columns, 1);
-  if (kFuseLoad && !bluestein && plan.n > 1) {
-    next_pass<kElements>(data, state, ElementSource<Load>{load, columns});
+  const int radix = plan.n > 1 ? pass_radix(state) : 1;
+  if (kFuseLoad && !bluestein && radix == 16) {
+    fft_pass<16, kElements>(data, state, ElementSource<Load>{load, columns});
+    advance(state);
+  } else if (kFuseLoad && !bluestein && radix == 8) {
+    fft_pass<8, kElements>(data, state, ElementSource<Load>{load, columns});
+    advance(state);
   } else {
     for (int index = threadIdx.x; index < state.points; index += blockDim.x) {
       const int i = by_columns.divide(index);
@@ -279,7 +298,7 @@ __device__ __forceinline__ void fft_loaded(float2* data, const FftView& plan, in
     __syncthreads();
   }
   for (bool again = bluestein;; again = false) {
-    while (state.length > 1) next_pass<kElements>(data, state, SharedSource{});
+    remaining_passes<kElements>(state);
     if (!again) return;
     for (int index = threadIdx.x; index < state.points; index += blockDim.x) {
       const float2 factor = __ldg(plan.spectrum + by_columns.divide(index));
