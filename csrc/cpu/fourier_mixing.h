@@ -21,26 +21,37 @@ inline constexpr int64_t kGroupElements = int64_t{1} << 18;  // of T a thread, w
 constexpr int kTile = 16;  // elements: a cache line, so that rows are written line by line
 using Tile = Vec[kTile / kLanes][kLanes];
 
-// Hartley transforms of the columns in z = DFT(a + ib), transposed: emit(part, k, tile) gets dht[k : k + kTile] · factor
-// of the columns of a (part 0) and b (part 1). Elements beyond n are undefined.
+// ½·Hartley transform of the real columns a (part 0) or b (part 1) in z = DFT(a + ib), from z[k] and z[−k].
+[[gnu::always_inline]] inline Vec hartley(const Complex& plus, const Complex& minus, int part) {
+  return part == 0 ? (plus.re + minus.re) - (plus.im - minus.im) : (plus.im + minus.im) + (plus.re - minus.re);
+}
+
+// The Hartley transforms of the columns in z [n + 1], transposed: emit(part, k, tile) gets elements k : k + kTile of
+// all lanes of a part, times factor. Elements beyond n are undefined.
 template <typename Emit>
-[[gnu::always_inline]] inline void emit_hartley(const Complex* z, int64_t n, float factor, int64_t columns,
+[[gnu::always_inline]] inline void emit_hartley(Complex* z, int64_t n, float factor, int64_t columns,
                                                 const Emit& emit) {
+  z[n] = z[0];  // so that −k is n − k for every k
   factor *= 0.5f;
-  for (int64_t k0 = 0; k0 < n; k0 += kTile) {
+  const auto emit_tile = [&](int64_t k, auto last) {
     for (int part = 0; part < 2 && part * kLanes < columns; ++part) {
       Tile tile;
+#pragma GCC unroll 4
       for (int block = 0; block < kTile / kLanes; ++block) {
+        const Complex *plus = z + k + block * kLanes, *minus = z + n - k - block * kLanes;
+#pragma GCC unroll 8
         for (int i = 0; i < kLanes; ++i) {
-          const int64_t k = std::min(k0 + block * kLanes + i, n - 1);
-          const Complex plus = z[k], minus = z[mirrored(k, n)];
-          tile[block][i] = (part == 0 ? plus.re + minus.re - plus.im + minus.im : plus.im + minus.im + plus.re - minus.re) * factor;
+          const int j = std::min<int>(i, last - block * kLanes);
+          tile[block][i] = hartley(plus[j], minus[-j], part) * factor;
         }
         transpose(tile[block]);
       }
-      emit(part, k0, tile);
+      emit(part, k, tile);
     }
-  }
+  };
+  int64_t k = 0;
+  for (; k + kTile <= n; k += kTile) emit_tile(k, std::integral_constant<int, kTile - 1>{});
+  if (k < n) emit_tile(k, static_cast<int>(n - 1 - k));
 }
 
 struct Sample {
@@ -62,7 +73,7 @@ void transform_columns(const T* x, float* half, Sample size, const FftPlan& plan
     p[i].im = second == 0 ? Vec{}
                           : (load_lanes(row + kLanes, second) + load_mirrored(opposite, h0 + kLanes, h, second)) * 0.5f;
   }
-  const Complex* z = fft(plan, 1, p, p + plan.m);
+  Complex* z = fft(plan, 1, p, p + plan.m + 1);
   emit_hartley(z, s, 1.0f, columns, [&](int part, int64_t k, const Tile& tile) {
     for (int64_t lane = 0; lane < lanes_of(columns, part); ++lane) {
       float* row = half + (h0 + part * kLanes + lane) * stride;
@@ -90,9 +101,9 @@ void transform_rows(const float* half, T* y, Sample size, const FftPlan& plan, f
     p[mirrored(j, h)] = direct;
     p[j] = reflected;  // the same where j is its own mirror image
   }
-  const Complex* z = fft(plan, 1, p, p + plan.m);
+  Complex* z = fft(plan, 1, p, p + plan.m + 1);
   const int64_t row_size = (h + kTile - 1) / kTile * kTile + kTile;
-  float* rows = reinterpret_cast<float*>(p + 2 * plan.m);
+  float* rows = reinterpret_cast<float*>(p + 2 * plan.m + 2);
   emit_hartley(z, h, scale, columns, [&](int part, int64_t k, const Tile& tile) {
     for (int lane = 0; lane < kLanes; ++lane) {
       float* row = rows + (part * kLanes + lane) * row_size + k;
@@ -122,7 +133,7 @@ void transform_rows(const float* half, T* y, Sample size, const FftPlan& plan, f
 template <typename Block>
 void for_blocks(int64_t samples, int64_t columns, int64_t length, const Block& block) {
   const int64_t blocks = (columns + kColumns - 1) / kColumns;
-  const int64_t grain = std::max<int64_t>(1, 8192 / (length * kColumns));
+  const int64_t grain = std::max<int64_t>(1, 16384 / (length * kColumns));
   torch::stable::parallel_for(0, samples * blocks, grain, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t first = i % blocks * kColumns;
@@ -148,7 +159,7 @@ void fourier_mixing(const T* x, T* y, const int64_t* lengths, int64_t batch, int
       const int64_t length = length_of(sample);
       if (length == 0) return;
       const FftPlan& plan = fft_plan(length);
-      Complex* buffer = thread_scratch<Complex>(2 * plan.m + h + 3 * kTile);
+      Complex* buffer = thread_scratch<Complex>(2 * plan.m + 2 + h + 2 * kTile);
       if (!buffer) {
         no_memory = true;
         return;
@@ -163,7 +174,7 @@ void fourier_mixing(const T* x, T* y, const int64_t* lengths, int64_t batch, int
       columns = std::min(columns, length / 2 + 1 - first);
       if (length == 0 || columns <= 0) return;
       const FftPlan& plan = fft_plan(h);
-      Complex* buffer = thread_scratch<Complex>(2 * plan.m + h + 3 * kTile);
+      Complex* buffer = thread_scratch<Complex>(2 * plan.m + 2 + h + 2 * kTile);
       if (!buffer) {
         no_memory = true;
         return;

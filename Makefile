@@ -1,0 +1,105 @@
+# make bench | test: two commands on a fresh machine with Python, a C++ compiler and make.
+# VENV= (empty) uses the interpreter at hand and installs nothing from a network.
+VENV ?= .venv
+ifeq ($(VENV),)
+PYTHON ?= python3
+else
+PYTHON := $(abspath $(VENV))/bin/python
+SETUP := $(VENV)/.installed
+endif
+
+# Spinning OpenMP threads stall on a machine whose cores are shared.
+export OMP_WAIT_POLICY ?= PASSIVE
+
+SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
+BUILT := build/.built$(subst /,_,$(VENV))
+CUDA_ARCHS := 80 90 100
+TORCH_INCLUDE = $(shell $(PYTHON) -c "import os, torch; print(os.path.join(os.path.dirname(torch.__file__), 'include'))")
+PYTEST = $(PYTHON) -m pytest
+
+.PHONY: bench test build lint format cuda-check gpu-check wheel clean \
+        test-triton test-default test-avx2 test-pure test-sanitized test-wheel
+
+bench: build
+	$(PYTHON) -m fastmix bench --report build/report
+
+test: build test-triton
+	$(PYTEST) tests --ignore tests/triton
+
+build: $(BUILT)
+
+$(BUILT): $(SETUP) $(SOURCES)
+	$(PYTHON) -m pip install --quiet --no-build-isolation --no-deps --editable .
+	@mkdir -p build && touch $@
+
+ifneq ($(VENV),)
+$(SETUP): constraints.txt
+	python3 -m venv $(VENV)
+	$(PYTHON) -m pip install --quiet --requirement constraints.txt
+	@touch $@
+endif
+
+lint: $(SETUP)
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
+	git ls-files 'csrc/*' 'tests/*.cpp' 'tests/*.h' | xargs $(PYTHON) -m clang_format --dry-run --Werror
+
+format: $(SETUP)
+	$(PYTHON) -m ruff check --fix .
+	$(PYTHON) -m ruff format .
+	git ls-files 'csrc/*' 'tests/*.cpp' 'tests/*.h' | xargs $(PYTHON) -m clang_format -i
+
+# Triton's interpreter is chosen when a kernel is decorated, so these tests have a process of their own.
+test-triton: build
+	TRITON_INTERPRET=1 $(PYTEST) tests/triton
+
+# The kernels' own tests at the other instruction levels.
+test-default test-avx2: test-%: build
+	ATEN_CPU_CAPABILITY=$* $(PYTEST) tests --ignore tests/triton
+
+# From the tests' folder, so that the package built into build/ is imported and not the clone.
+test-pure: $(SETUP)
+	FASTMIX_NO_EXT=1 $(PYTHON) setup.py -q build --build-base build/pure --build-lib build/pure/lib
+	cd tests && PYTHONPATH=$(CURDIR)/build/pure/lib $(PYTEST) --ignore triton .
+
+# The CPU kernels under the address and the undefined-behaviour sanitizer.
+SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=undefined -g1
+test-sanitized: $(SETUP)
+	CFLAGS="$(SANITIZE)" CXXFLAGS="$(SANITIZE)" LDFLAGS="$(SANITIZE)" FASTMIX_CUDA=0 \
+	  $(PYTHON) setup.py -q build --build-base build/sanitized --build-lib build/sanitized/lib
+	cd tests && for level in default avx2; do \
+	  LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
+	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 ATEN_CPU_CAPABILITY=$$level \
+	  PYTHONPATH=$(CURDIR)/build/sanitized/lib $(PYTEST) -m kernel . || exit 1; \
+	done
+
+# Every CUDA file compiles where there is no GPU.
+cuda-check: $(SETUP)
+	@if ! command -v nvcc > /dev/null; then \
+	  echo "NOTICE: no nvcc here, the CUDA files were NOT compiled"; exit 0; fi; \
+	for file in $(wildcard csrc/cuda/*.cu); do for arch in $(CUDA_ARCHS); do \
+	  echo "nvcc sm_$$arch $$file"; \
+	  nvcc -c -std=c++17 -O3 -DUSE_CUDA -DTORCH_TARGET_VERSION=0x020a000000000000 \
+	    -gencode arch=compute_$$arch,code=sm_$$arch -Icsrc -I$(TORCH_INCLUDE) -I$(TORCH_INCLUDE)/torch/csrc/api/include \
+	    $$file -o /dev/null || exit 1; \
+	done; done
+
+# On a machine with a GPU: build with CUDA, run the GPU tests and benchmarks, leave records and logs in OUT.
+# OPS="fft_mixing …" limits it to some ops.
+OUT ?= build/gpu
+OPS ?=
+gpu-check:
+	OPS="$(OPS)" OUT="$(OUT)" PYTHON="$(PYTHON)" MAKE="$(MAKE) VENV=$(VENV)" bash .ci/gpu-check
+
+wheel: $(SETUP)
+	$(PYTHON) -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .
+
+# The wheel, installed in a clean environment beside the same PyTorch, imports and answers.
+test-wheel: wheel
+	rm -rf build/clean && python3 -m venv build/clean
+	build/clean/bin/pip install --quiet --constraint constraints.txt dist/fastmix-*.whl
+	cd build && clean/bin/python -c "import torch, fastmix; x = torch.randn(2, 8, 8); \
+	  torch.testing.assert_close(fastmix.fourier_mixing(x), torch.fft.fft2(x).real)" && clean/bin/fastmix doctor
+
+clean:
+	rm -rf build dist *.egg-info fastmix/*.so .pytest_cache .ruff_cache
