@@ -4,7 +4,8 @@ VENV ?= .venv
 ifeq ($(VENV),)
 PYTHON ?= python3
 else
-PYTHON := $(abspath $(VENV))/bin/python
+BIN := $(abspath $(VENV))/bin/
+PYTHON := $(BIN)python
 SETUP := $(VENV)/.installed
 endif
 
@@ -42,12 +43,12 @@ endif
 lint: $(SETUP)
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
-	git ls-files 'csrc/*' 'tests/*.cpp' 'tests/*.h' | xargs $(PYTHON) -m clang_format --dry-run --Werror
+	git ls-files 'csrc/*' 'tests/*.cpp' 'tests/*.h' | xargs $(BIN)clang-format --dry-run --Werror
 
 format: $(SETUP)
 	$(PYTHON) -m ruff check --fix .
 	$(PYTHON) -m ruff format .
-	git ls-files 'csrc/*' 'tests/*.cpp' 'tests/*.h' | xargs $(PYTHON) -m clang_format -i
+	git ls-files 'csrc/*' 'tests/*.cpp' 'tests/*.h' | xargs $(BIN)clang-format -i
 
 # Triton's interpreter is chosen when a kernel is decorated, so these tests have a process of their own.
 test-triton: build

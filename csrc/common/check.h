@@ -22,10 +22,14 @@ template <typename... Parts>
 template <typename Body>
 inline void for_dtype(const char* name, const torch::stable::Tensor& tensor, const Body& body) {
   switch (tensor.scalar_type()) {
-    case torch::headeronly::ScalarType::Float: return body(float{});
-    case torch::headeronly::ScalarType::BFloat16: return body(torch::headeronly::BFloat16{});
-    case torch::headeronly::ScalarType::Half: return body(torch::headeronly::Half{});
-    default: fail(name, " must be float32, bfloat16 or float16");
+    case torch::headeronly::ScalarType::Float:
+      return body(float{});
+    case torch::headeronly::ScalarType::BFloat16:
+      return body(torch::headeronly::BFloat16{});
+    case torch::headeronly::ScalarType::Half:
+      return body(torch::headeronly::Half{});
+    default:
+      fail(name, " must be float32, bfloat16 or float16");
   }
 }
 

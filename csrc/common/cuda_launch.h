@@ -35,9 +35,9 @@ void launch(void (*kernel)(Parameters...), dim3 grid, int threads, size_t shared
   const void* function = reinterpret_cast<const void*>(kernel);
   // More than 48 KB must be asked for; asking again costs less than remembering it by kernel and device.
   if (shared_bytes > 48 * 1024) {
-    check_cuda(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                    static_cast<int>(shared_bytes)),
-               "shared memory of a kernel");
+    check_cuda(
+        cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)),
+        "shared memory of a kernel");
   }
   void* pointers[] = {&arguments...};
   check_cuda(cudaLaunchKernel(function, grid, dim3(threads), pointers, shared_bytes, stream), "kernel launch");

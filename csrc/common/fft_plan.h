@@ -37,13 +37,13 @@ inline std::vector<int> fft_radices(int64_t n) {
 }
 
 struct FftPlan {
-  int64_t n = 0;                        // the length asked for
-  int64_t m = 0;                        // the length transformed: n, or Bluestein's, at least 2n − 1
-  std::vector<int> radices;             // product m
+  int64_t n = 0;                             // the length asked for
+  int64_t m = 0;                             // the length transformed: n, or Bluestein's, at least 2n − 1
+  std::vector<int> radices;                  // product m
   std::vector<std::vector<float>> twiddles;  // one table a pass
   // Bluestein: X[k] = chirp[k] · IDFT_m(DFT_m(x·chirp) · spectrum)[k], chirp[j] = exp(−πi·j²/n).
-  std::vector<float> chirp;             // n pairs, empty when m = n
-  std::vector<float> spectrum;          // m pairs, 1/m included
+  std::vector<float> chirp;     // n pairs, empty when m = n
+  std::vector<float> spectrum;  // m pairs, 1/m included
 };
 
 namespace detail {

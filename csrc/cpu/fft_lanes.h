@@ -16,9 +16,7 @@ inline Complex operator+(const Complex& a, const Complex& b) { return {a.re + b.
 inline Complex operator-(const Complex& a, const Complex& b) { return {a.re - b.re, a.im - b.im}; }
 inline Complex conj(const Complex& a) { return {a.re, -a.im}; }
 inline Complex times_minus_i(const Complex& a) { return {a.im, -a.re}; }
-inline Complex times(const Complex& a, float re, float im) {
-  return {a.re * re - a.im * im, a.re * im + a.im * re};
-}
+inline Complex times(const Complex& a, float re, float im) { return {a.re * re - a.im * im, a.re * im + a.im * re}; }
 
 namespace detail {
 
@@ -170,15 +168,33 @@ inline Complex* fft_passes(const FftPlan& plan, int64_t inner, Complex* x, Compl
     const int64_t m = n / radix;
     const float* twiddles = plan.twiddles[i].data();
     switch (radix) {
-      case 2: detail::pass<2>(x, y, m, s, twiddles); break;
-      case 3: detail::pass<3>(x, y, m, s, twiddles); break;
-      case 4: detail::pass<4>(x, y, m, s, twiddles); break;
-      case 5: detail::pass<5>(x, y, m, s, twiddles); break;
-      case 7: detail::pass<7>(x, y, m, s, twiddles); break;
-      case 8: detail::pass<8>(x, y, m, s, twiddles); break;
-      case 11: detail::pass<11>(x, y, m, s, twiddles); break;
-      case 13: detail::pass<13>(x, y, m, s, twiddles); break;
-      case 16: detail::pass<16>(x, y, m, s, twiddles); break;
+      case 2:
+        detail::pass<2>(x, y, m, s, twiddles);
+        break;
+      case 3:
+        detail::pass<3>(x, y, m, s, twiddles);
+        break;
+      case 4:
+        detail::pass<4>(x, y, m, s, twiddles);
+        break;
+      case 5:
+        detail::pass<5>(x, y, m, s, twiddles);
+        break;
+      case 7:
+        detail::pass<7>(x, y, m, s, twiddles);
+        break;
+      case 8:
+        detail::pass<8>(x, y, m, s, twiddles);
+        break;
+      case 11:
+        detail::pass<11>(x, y, m, s, twiddles);
+        break;
+      case 13:
+        detail::pass<13>(x, y, m, s, twiddles);
+        break;
+      case 16:
+        detail::pass<16>(x, y, m, s, twiddles);
+        break;
     }
     std::swap(x, y);
     n = m;

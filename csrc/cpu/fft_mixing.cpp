@@ -41,8 +41,8 @@ Tensor fourier_mixing_cpu(const Tensor& x, const std::optional<Tensor>& lengths,
 void check_filter(const Tensor& x, const Tensor& weight) {
   FASTMIX_CHECK(x.dim() == 4 && x.size(1) > 0 && x.size(2) > 0, "x must be [B, h, w, C] with h, w >= 1");
   FASTMIX_CHECK(weight.scalar_type() == torch::headeronly::ScalarType::Float && weight.dim() == 4 &&
-                    weight.size(0) == x.size(1) && weight.size(1) == x.size(2) / 2 + 1 &&
-                    weight.size(2) == x.size(3) && weight.size(3) == 2,
+                    weight.size(0) == x.size(1) && weight.size(1) == x.size(2) / 2 + 1 && weight.size(2) == x.size(3) &&
+                    weight.size(3) == 2,
                 "weight must be float32 [h, w // 2 + 1, C, 2]");
 }
 

@@ -61,49 +61,65 @@ struct Sample {
 // T[h0 : h0 + columns] from x.
 template <typename T>
 void transform_columns(const T* x, float* half, Sample size, const FftPlan& plan, int64_t h0, int64_t columns,
-                       Complex* p) {
+                       Complex* buffer) {
   const auto [s, h, stride] = size;
-  const int64_t first = lanes_of(columns, 0), second = lanes_of(columns, 1);
+  const int64_t in_a = lanes_of(columns, 0), in_b = lanes_of(columns, 1);
   for (int64_t i = 0; i < s; ++i) {
-    const T* row = x + i * h + h0;
-    const T* opposite = x + mirrored(i, s) * h;
-    __builtin_prefetch(row + kColumns, 0, 2);
+    const T *row = x + i * h, *opposite = x + mirrored(i, s) * h;
+    // The next block's columns, which no hardware prefetcher finds a row's stride away.
+    __builtin_prefetch(row + h0 + kColumns, 0, 2);
     __builtin_prefetch(opposite + h - h0 - 2 * kColumns, 0, 2);
-    p[i].re = (load_lanes(row, first) + load_mirrored(opposite, h0, h, first)) * 0.5f;
-    p[i].im = second == 0 ? Vec{}
-                          : (load_lanes(row + kLanes, second) + load_mirrored(opposite, h0 + kLanes, h, second)) * 0.5f;
+    buffer[i] = {(load_lanes(row + h0, in_a) + load_mirrored(opposite, h0, h, in_a)) * 0.5f, Vec{}};
+    if (in_b > 0) {
+      const int64_t h1 = h0 + kLanes;
+      buffer[i].im = (load_lanes(row + h1, in_b) + load_mirrored(opposite, h1, h, in_b)) * 0.5f;
+    }
   }
-  Complex* z = fft(plan, 1, p, p + plan.m + 1);
+  Complex* z = fft(plan, 1, buffer, buffer + plan.m + 1);
   emit_hartley(z, s, 1.0f, columns, [&](int part, int64_t k, const Tile& tile) {
     for (int64_t lane = 0; lane < lanes_of(columns, part); ++lane) {
-      float* row = half + (h0 + part * kLanes + lane) * stride;
-      for (int64_t i = 0; i < kTile && k + i < s; i += kLanes) {
-        store_lanes(row + k + i, tile[i / kLanes][lane], std::min<int64_t>(kLanes, s - k - i));
-      }
+      float* row = half + (h0 + part * kLanes + lane) * stride + k;  // the stride has kTile elements to spare
+      for (int i = 0; i < kTile; i += kLanes) store(row + i, tile[i / kLanes][lane]);
     }
   });
 }
 
-// Rows s0 : s0 + columns of y and their mirror images, from T.
+// out[k] ← row[k] and, mirrored, out[k] ← row[−k], k < n. row has kLanes elements to spare.
 template <typename T>
-void transform_rows(const float* half, T* y, Sample size, const FftPlan& plan, float scale, int64_t s0,
-                    int64_t columns, Complex* p) {
+void copy_row(const float* row, T* out, int64_t n) {
+  int64_t k = 0;
+  for (; k + kLanes <= n; k += kLanes) store(out + k, load(row + k));
+  if (k < n) store_first(out + k, load(row + k), n - k);
+}
+
+template <typename T>
+void copy_mirrored(const float* row, T* out, int64_t n) {
+  int64_t k = 1;
+  out[0] = T(row[0]);
+  for (; k + kLanes <= n; k += kLanes) store(out + k, reverse(load(row + n - k - kLanes + 1)));
+  if (k < n) store_mirrored(out, load(row), 0, n, n - k + 1);
+}
+
+// Rows s0 : s0 + columns of y and their mirror images, from T. The rows are gathered first, then written one by one.
+template <typename T>
+void transform_rows(const float* half, T* y, Sample size, const FftPlan& plan, float scale, int64_t s0, int64_t columns,
+                    Complex* buffer) {
   const auto [s, h, stride] = size;
+  const int64_t in_a = lanes_of(columns, 0), in_b = lanes_of(columns, 1);
   for (int64_t j = 0; j <= h / 2; ++j) {
     const float* column = half + j * stride;
-    Complex direct = {Vec{}, Vec{}}, reflected = {Vec{}, Vec{}};
-    direct.re = load_lanes(column + s0, lanes_of(columns, 0));
-    reflected.re = load_mirrored(column, s0, s, lanes_of(columns, 0));
-    if (columns > kLanes) {
-      direct.im = load_lanes(column + s0 + kLanes, lanes_of(columns, 1));
-      reflected.im = load_mirrored(column, s0 + kLanes, s, lanes_of(columns, 1));
+    Complex direct = {load_lanes(column + s0, in_a), Vec{}};
+    Complex reflected = {load_mirrored(column, s0, s, in_a), Vec{}};
+    if (in_b > 0) {
+      direct.im = load_lanes(column + s0 + kLanes, in_b);
+      reflected.im = load_mirrored(column, s0 + kLanes, s, in_b);
     }
-    p[mirrored(j, h)] = direct;
-    p[j] = reflected;  // the same where j is its own mirror image
+    buffer[mirrored(j, h)] = direct;
+    buffer[j] = reflected;  // the same where j is its own mirror image
   }
-  Complex* z = fft(plan, 1, p, p + plan.m + 1);
-  const int64_t row_size = (h + kTile - 1) / kTile * kTile + kTile;
-  float* rows = reinterpret_cast<float*>(p + 2 * plan.m + 2);
+  Complex* z = fft(plan, 1, buffer, buffer + plan.m + 1);
+  const int64_t row_size = (h + kTile - 1) / kTile * kTile + kLanes;
+  float* rows = reinterpret_cast<float*>(buffer + 2 * (plan.m + 1));
   emit_hartley(z, h, scale, columns, [&](int part, int64_t k, const Tile& tile) {
     for (int lane = 0; lane < kLanes; ++lane) {
       float* row = rows + (part * kLanes + lane) * row_size + k;
@@ -111,21 +127,9 @@ void transform_rows(const float* half, T* y, Sample size, const FftPlan& plan, f
     }
   });
   for (int64_t i = 0; i < columns; ++i) {
-    const float* row = rows + i * row_size;
     const int64_t opposite = mirrored(s0 + i, s);
-    T* out = y + (s0 + i) * h;
-    int64_t k = 0;
-    for (; k + kLanes <= h; k += kLanes) store(out + k, load(row + k));
-    if (k < h) store_first(out + k, load(row + k), h - k);
-    if (opposite == s0 + i) continue;
-    out = y + opposite * h;
-    out[0] = T(row[0]);
-    for (k = 1; k + kLanes <= h; k += kLanes) store(out + k, reverse(load(row + h - k - kLanes + 1)));
-    if (k < h) {
-      float tail[kLanes] = {};
-      for (int64_t j = k; j < h; ++j) tail[j - k] = row[h - j];
-      store_first(out + k, load(tail), h - k);
-    }
+    copy_row(rows + i * row_size, y + (s0 + i) * h, h);
+    if (opposite != s0 + i) copy_mirrored(rows + i * row_size, y + opposite * h, h);
   }
 }
 
@@ -152,6 +156,13 @@ void fourier_mixing(const T* x, T* y, const int64_t* lengths, int64_t batch, int
   FASTMIX_CHECK(half, "fourier_mixing: no memory for an intermediate of ", group, " x ", half_size, " float32");
   std::atomic<bool> no_memory{false};
 
+  // Two transforms of one more than their length, and the rows of a block.
+  const auto buffer_for = [&](const FftPlan& plan) {
+    Complex* buffer = thread_scratch<Complex>(2 * (plan.m + 1) + h + 2 * kTile);
+    if (!buffer) no_memory = true;
+    return buffer;
+  };
+
   for (int64_t begin = 0; begin < batch; begin += group) {
     const int64_t samples = std::min(group, batch - begin);
     const auto length_of = [&](int64_t sample) { return lengths ? lengths[begin + sample] : s; };
@@ -159,13 +170,10 @@ void fourier_mixing(const T* x, T* y, const int64_t* lengths, int64_t batch, int
       const int64_t length = length_of(sample);
       if (length == 0) return;
       const FftPlan& plan = fft_plan(length);
-      Complex* buffer = thread_scratch<Complex>(2 * plan.m + 2 + h + 2 * kTile);
-      if (!buffer) {
-        no_memory = true;
-        return;
+      if (Complex* buffer = buffer_for(plan)) {
+        transform_columns(x + (begin + sample) * s * h, half.get() + sample * half_size, {length, h, stride}, plan,
+                          first, columns, buffer);
       }
-      transform_columns(x + (begin + sample) * s * h, half.get() + sample * half_size, {length, h, stride}, plan, first,
-                        columns, buffer);
     });
     for_blocks(samples, s / 2 + 1, h, [&](int64_t sample, int64_t first, int64_t columns) {
       const int64_t length = length_of(sample);
@@ -174,13 +182,10 @@ void fourier_mixing(const T* x, T* y, const int64_t* lengths, int64_t batch, int
       columns = std::min(columns, length / 2 + 1 - first);
       if (length == 0 || columns <= 0) return;
       const FftPlan& plan = fft_plan(h);
-      Complex* buffer = thread_scratch<Complex>(2 * plan.m + 2 + h + 2 * kTile);
-      if (!buffer) {
-        no_memory = true;
-        return;
-      }
       const auto scale = static_cast<float>(std::pow(static_cast<double>(length) * h, -exponent));
-      transform_rows(half.get() + sample * half_size, out, {length, h, stride}, plan, scale, first, columns, buffer);
+      if (Complex* buffer = buffer_for(plan)) {
+        transform_rows(half.get() + sample * half_size, out, {length, h, stride}, plan, scale, first, columns, buffer);
+      }
     });
   }
   FASTMIX_CHECK(!no_memory, "fourier_mixing: no memory for transforms of ", s, " x ", h);

@@ -1,10 +1,13 @@
 // Complex DFTs in shared memory, in place, by one block: Stockham passes as in common/fft_plan.h, Bluestein else.
-// `columns` transforms of one length lie interleaved (element i of column c at i·columns + c), which is the state of one
-// longer transform with initial stride `columns`; `lines` such bundles may follow each other. Accumulation in float32.
-// In a pass a thread reads butterflies_per_thread<kElements>(radix) butterflies into registers, the block meets, and the
-// results are written over the inputs: so no second buffer, and a Bluestein transform of length 16384 fits (136 KB).
-// Limit: points ≤ threads · radix · butterflies_per_thread for every radix of the plan; the launchers see to it.
+// `columns` transforms of one length lie interleaved (element i of column c at i·columns + c), which is the state of
+// one longer transform with initial stride `columns`; `lines` such bundles may follow each other. Accumulation in
+// float32. In a pass a thread reads butterflies_per_thread<kElements>(radix) butterflies into registers, the block
+// meets, and the results are written over the inputs: so no second buffer, and a Bluestein transform of length 16384
+// fits (136 KB). Limit: points ≤ threads · radix · butterflies_per_thread for every radix of the plan; the launchers
+// see to it.
 #pragma once
+
+#include <cuda_runtime.h>
 
 #include <cstdint>
 
@@ -14,7 +17,7 @@ namespace fastmix {
 struct FftView {
   int n;
   int m;
-  uint64_t radices;       // four bits a pass, radix − 1, the first pass lowest
+  uint64_t radices;        // four bits a pass, radix − 1, the first pass lowest
   const float2* twiddles;  // of all passes, one after the other
   const float2* chirp;     // n, null when m = n
   const float2* spectrum;  // m
@@ -59,10 +62,19 @@ __device__ constexpr float root_cos(int j) {
   constexpr float k3[] = {1.f, -0.5f};
   constexpr float k5[] = {1.f, 0.30901699437494745f, -0.80901699437494745f};
   constexpr float k7[] = {1.f, 0.62348980185873353f, -0.22252093395631440f, -0.90096886790241913f};
-  constexpr float k11[] = {1.f, 0.84125353283118117f, 0.41541501300188643f, -0.14231483827328514f,
-                           -0.65486073394528507f, -0.95949297361449739f};
-  constexpr float k13[] = {1.f, 0.88545602565320989f, 0.56806474673115581f, 0.12053668025532305f,
-                           -0.35460488704253562f, -0.74851074817110109f, -0.97094181742605203f};
+  constexpr float k11[] = {1.f,
+                           0.84125353283118117f,
+                           0.41541501300188643f,
+                           -0.14231483827328514f,
+                           -0.65486073394528507f,
+                           -0.95949297361449739f};
+  constexpr float k13[] = {1.f,
+                           0.88545602565320989f,
+                           0.56806474673115581f,
+                           0.12053668025532305f,
+                           -0.35460488704253562f,
+                           -0.74851074817110109f,
+                           -0.97094181742605203f};
   return R == 3 ? k3[j % 2] : R == 5 ? k5[j % 3] : R == 7 ? k7[j % 4] : R == 11 ? k11[j % 6] : k13[j % 7];
 }
 
@@ -71,10 +83,19 @@ __device__ constexpr float root_sin(int j) {
   constexpr float k3[] = {0.f, 0.86602540378443865f};
   constexpr float k5[] = {0.f, 0.95105651629515357f, 0.58778525229247313f};
   constexpr float k7[] = {0.f, 0.78183148246802981f, 0.97492791218182361f, 0.43388373911755812f};
-  constexpr float k11[] = {0.f, 0.54064081745559758f, 0.90963199535451837f, 0.98982144188093273f,
-                           0.75574957435425829f, 0.28173255684142969f};
-  constexpr float k13[] = {0.f, 0.46472317204376854f, 0.82298386589365639f, 0.99270887409805399f,
-                           0.93501624268541483f, 0.66312265824079520f, 0.23931566428755776f};
+  constexpr float k11[] = {0.f,
+                           0.54064081745559758f,
+                           0.90963199535451837f,
+                           0.98982144188093273f,
+                           0.75574957435425829f,
+                           0.28173255684142969f};
+  constexpr float k13[] = {0.f,
+                           0.46472317204376854f,
+                           0.82298386589365639f,
+                           0.99270887409805399f,
+                           0.93501624268541483f,
+                           0.66312265824079520f,
+                           0.23931566428755776f};
   return R == 3 ? k3[j % 2] : R == 5 ? k5[j % 3] : R == 7 ? k7[j % 4] : R == 11 ? k11[j % 6] : k13[j % 7];
 }
 
@@ -171,6 +192,13 @@ struct SharedSource {
   static constexpr bool kInPlace = true;
 };
 
+// Threads without a butterfly: a value that is not written on every path would stay live through all other passes.
+template <int kRadix>
+__device__ __forceinline__ void clear(float2 (&v)[kRadix]) {
+#pragma unroll
+  for (int j = 0; j < kRadix; ++j) v[j] = make_float2(0.f, 0.f);
+}
+
 template <int kRadix, int kElements, class Source>
 __device__ __forceinline__ void fft_pass(float2* data, const FftPasses& state, const Source& source) {
   constexpr int kCount = butterflies_per_thread<kElements>(kRadix);
@@ -187,6 +215,8 @@ __device__ __forceinline__ void fft_pass(float2* data, const FftPasses& state, c
         const int from = index + by_step.divide(index) * (state.bundle - step);
 #pragma unroll
         for (int j = 0; j < kRadix; ++j) v[u][j] = data[padded(from + step * j)];
+      } else {
+        clear(v[u]);
       }
     }
     __syncthreads();
@@ -200,6 +230,8 @@ __device__ __forceinline__ void fft_pass(float2* data, const FftPasses& state, c
         const int column = index - row * source.columns;
 #pragma unroll
         for (int j = 0; j < kRadix; ++j) v[u][j] = source.load(row + rest * j, column);
+      } else {
+        clear(v[u]);
       }
     }
   }
@@ -224,13 +256,6 @@ __device__ __forceinline__ void fft_pass(float2* data, const FftPasses& state, c
   __syncthreads();
 }
 
-// Real functions: inlined side by side, the nine passes keep each other's values alive and spill.
-template <int kRadix, int kElements>
-__device__ __noinline__ void fft_pass_in_place(FftPasses state) {
-  extern __shared__ float2 shared[];
-  fft_pass<kRadix, kElements>(shared, state, SharedSource{});
-}
-
 __device__ __forceinline__ int pass_radix(const FftPasses& state) { return static_cast<int>(state.radices & 15) + 1; }
 
 __device__ __forceinline__ void advance(FftPasses& state) {
@@ -242,18 +267,35 @@ __device__ __forceinline__ void advance(FftPasses& state) {
 }
 
 template <int kElements>
-__device__ __forceinline__ void remaining_passes(FftPasses& state) {
+__device__ __forceinline__ void remaining_passes(float2* data, FftPasses& state) {
   for (; state.length > 1; advance(state)) {
     switch (pass_radix(state)) {
-      case 2: fft_pass_in_place<2, kElements>(state); break;
-      case 3: fft_pass_in_place<3, kElements>(state); break;
-      case 4: fft_pass_in_place<4, kElements>(state); break;
-      case 5: fft_pass_in_place<5, kElements>(state); break;
-      case 7: fft_pass_in_place<7, kElements>(state); break;
-      case 8: fft_pass_in_place<8, kElements>(state); break;
-      case 11: fft_pass_in_place<11, kElements>(state); break;
-      case 13: fft_pass_in_place<13, kElements>(state); break;
-      default: fft_pass_in_place<16, kElements>(state);
+      case 2:
+        fft_pass<2, kElements>(data, state, SharedSource{});
+        break;
+      case 3:
+        fft_pass<3, kElements>(data, state, SharedSource{});
+        break;
+      case 4:
+        fft_pass<4, kElements>(data, state, SharedSource{});
+        break;
+      case 5:
+        fft_pass<5, kElements>(data, state, SharedSource{});
+        break;
+      case 7:
+        fft_pass<7, kElements>(data, state, SharedSource{});
+        break;
+      case 8:
+        fft_pass<8, kElements>(data, state, SharedSource{});
+        break;
+      case 11:
+        fft_pass<11, kElements>(data, state, SharedSource{});
+        break;
+      case 13:
+        fft_pass<13, kElements>(data, state, SharedSource{});
+        break;
+      default:
+        fft_pass<16, kElements>(data, state, SharedSource{});
     }
   }
 }
@@ -263,12 +305,12 @@ __device__ __forceinline__ FftPasses first_pass(const FftView& plan, int columns
   return FftPasses{plan.radices, plan.twiddles, plan.m, columns, bundle, bundle * lines};
 }
 
-// DFTs of length plan.m in natural order, lines · columns of them. The caller's writes to data must be behind a barrier,
-// and the results are.
+// DFTs of length plan.m in natural order, lines · columns of them. The caller's writes to data must be behind a
+// barrier, and the results are.
 template <int kElements>
 __device__ __forceinline__ void fft_shared(float2* data, const FftView& plan, int columns, int lines) {
   FftPasses state = first_pass(plan, columns, lines);
-  remaining_passes<kElements>(state);
+  remaining_passes<kElements>(data, state);
 }
 
 // One line of DFTs of length plan.n, of the elements load(i, c). Element k of the result is fft_result(…, k, c).
@@ -298,7 +340,7 @@ __device__ __forceinline__ void fft_loaded(float2* data, const FftView& plan, in
     __syncthreads();
   }
   for (bool again = bluestein;; again = false) {
-    remaining_passes<kElements>(state);
+    remaining_passes<kElements>(data, state);
     if (!again) return;
     for (int index = threadIdx.x; index < state.points; index += blockDim.x) {
       const float2 factor = __ldg(plan.spectrum + by_columns.divide(index));

@@ -66,7 +66,7 @@ __device__ inline void bluestein_spectrum(int n, int m, double2* from, double2* 
   }
   for (int length = m, stride = 1; length > 1;) {
     const int radix = next_radix(length), rest = length / radix;
-    if (threadIdx.x < radix) roots[threadIdx.x] = exact_root(threadIdx.x, radix);
+    if (static_cast<int>(threadIdx.x) < radix) roots[threadIdx.x] = exact_root(threadIdx.x, radix);
     __syncthreads();
     for (int index = threadIdx.x; index < m; index += blockDim.x) {
       const int q = index % stride, k = index / stride % radix, p = index / stride / radix;

@@ -1,5 +1,6 @@
 // Plans on the device: tables of common/fft_plan.h, uploaded once per (device, length) and kept until the process ends
-// (freeing them at exit would race with the CUDA runtime's own shutdown). Also the shapes of blocks that transform them.
+// (freeing them at exit would race with the CUDA runtime's own shutdown). Also the shapes of blocks that transform
+// them.
 #pragma once
 
 #include <algorithm>
@@ -62,7 +63,7 @@ inline FftView* upload_plan(const FftPlan& plan, cudaStream_t stream) {
                bluestein ? base + spectrum / 2 : nullptr};
   for (size_t i = 0; i < plan.radices.size(); ++i) view.radices |= static_cast<uint64_t>(plan.radices[i] - 1) << 4 * i;
   std::memcpy(bytes.data(), &view, sizeof(view));
-  std::memcpy(bytes.data() + kHeader, tables.data(), tables.size() * sizeof(float));
+  if (!tables.empty()) std::memcpy(bytes.data() + kHeader, tables.data(), tables.size() * sizeof(float));
   // Waiting makes the tables visible to every stream; it happens once a length.
   check_cuda(cudaMemcpyAsync(memory, bytes.data(), bytes.size(), cudaMemcpyHostToDevice, stream), "cudaMemcpyAsync");
   check_cuda(cudaStreamSynchronize(stream), "cudaStreamSynchronize");
@@ -105,26 +106,28 @@ struct BlockShape {
   size_t shared_bytes;
 };
 
-inline BlockShape block_shape(const DevicePlan& plan, int total, const SharedLimits& limits) {
+enum class BlockKind { kEither, kNarrow, kWide };
+
+inline BlockShape block_shape(const DevicePlan& plan, int64_t total, const SharedLimits& limits,
+                              BlockKind kind = BlockKind::kEither) {
   const auto most = [&](int points_per_thread, size_t bytes) {
     int columns = std::min(kMaxThreads * points_per_thread / plan.m, kMaxColumns);
     while (columns > 0 && fft_shared_bytes(columns * plan.m) > bytes) --columns;
     return columns;
   };
-  const int complex_total = (total + 1) / 2;
   const size_t half = std::min(limits.multiprocessor / 2 - 1024, limits.block);
-  BlockShape shape{};
-  int columns = most(plan.narrow_points, half);
+  const int narrow = most(plan.narrow_points, half), wide = most(plan.wide_points, limits.block);
   // Fewer than 8 real columns waste most of a 32-byte sector: rather one large block.
-  if (columns < std::min(4, complex_total)) {
-    shape.wide = true;
-    columns = most(plan.wide_points, limits.block);
+  const bool thin = narrow < std::min<int64_t>(4, (total + 1) / 2) && wide > narrow;
+  BlockShape shape{};
+  shape.wide = kind == BlockKind::kWide || (kind == BlockKind::kEither && thin);
+  const int columns = shape.wide ? wide : narrow;
+  if (columns == 0) {
+    throw std::runtime_error("a transform of " + std::to_string(plan.m) + " points needs more shared memory");
   }
-  if (columns == 0) throw std::runtime_error("a transform of length " + std::to_string(plan.m) + " needs more shared memory");
-  const int per_block = 2 * columns;
-  shape.blocks = (total + per_block - 1) / per_block;
+  shape.blocks = static_cast<int>((total + 2 * columns - 1) / (2 * columns));
   // The same number of blocks, evenly filled.
-  shape.columns = (total + 2 * shape.blocks - 1) / (2 * shape.blocks);
+  shape.columns = static_cast<int>((total + 2 * shape.blocks - 1) / (2 * shape.blocks));
   const int points_per_thread = shape.wide ? plan.wide_points : plan.narrow_points;
   shape.threads = (shape.columns * plan.m + points_per_thread - 1) / points_per_thread;
   shape.threads = (shape.threads + 31) / 32 * 32;

@@ -1,9 +1,8 @@
-// fourier_mixing: Y = Re(F_n X F_H)·scale of the first n rows of each sample, as real (Hartley) transforms of half of X.
-// Y depends only on z[s,h] = x[s,h] + x[−s,−h] (twice the even part) and Y[−s,−h] = Y[s,h]; with
-// dht(z)[k] = Σ_j z[j](cos + sin)(2πjk/n):  columns: T[h] = dht_n(z[:,h]), h ≤ H/2;
-// rows: Y[s] = ½ dht_H(w), w[h] = T[h][−s], w[−h] = T[h][s], s ≤ n/2.
-// A block owns up to 2·columns columns (rows) of a sample: half of them real, half imaginary parts of complex DFTs.
-// T is float32 [H/2 + 1, S] in the workspace; everything accumulates in float32. Limits: S, H ≤ 8192.
+// fourier_mixing: Y = Re(F_n X F_H)·scale of the first n rows of each sample, as real (Hartley) transforms of half of
+// X. Y depends only on z[s,h] = x[s,h] + x[−s,−h] (twice the even part) and Y[−s,−h] = Y[s,h]; with dht(z)[k] = Σ_j
+// z[j](cos + sin)(2πjk/n):  columns: T[h] = dht_n(z[:,h]), h ≤ H/2; rows: Y[s] = ½ dht_H(w), w[h] = T[h][−s], w[−h] =
+// T[h][s], s ≤ n/2. A block owns up to 2·columns columns (rows) of a sample: half of them real, half imaginary parts of
+// complex DFTs. T is float32 [H/2 + 1, S] in the workspace; everything accumulates in float32. Limits: S, H ≤ 8192.
 #pragma once
 
 #include "cuda/fft_block.cuh"
@@ -13,8 +12,8 @@ namespace fastmix {
 
 struct FourierShape {
   int s, h;
-  int column_block, row_block;      // complex columns of a block in the two passes
-  int64_t sample_floats;            // of the workspace, a sample
+  int column_block, row_block;        // complex columns of a block in the two passes
+  int64_t sample_floats;              // of the workspace, a sample
   const unsigned char* column_plans;  // FftView of the samples, or one for all: column_plan_bytes = 0
   int64_t column_plan_bytes;
   const FftView* row_plan;
@@ -102,8 +101,8 @@ struct UnfoldedRows {
 
 // Rows first + c, second + c and their mirrors from the DFTs in data. Every element of theirs is written once.
 template <int kCount, typename T>
-__device__ __forceinline__ void store_rows(const float2* data, const FftView& plan, int columns, const UnfoldedRows& rows,
-                                           float factor, T* y) {
+__device__ __forceinline__ void store_rows(const float2* data, const FftView& plan, int columns,
+                                           const UnfoldedRows& rows, float factor, T* y) {
   const int h = plan.n, chunks = h / kCount;
   const SmallDivisor by_chunks(chunks);
   for (int index = threadIdx.x; index < chunks * columns; index += blockDim.x) {
