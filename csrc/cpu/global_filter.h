@@ -48,6 +48,7 @@ struct GlobalFilter {
     const auto load_row = [&](int64_t i, Complex* row) {
       for (int64_t j = 0; j < w; ++j) {
         const T* pixel = x + (i * w + j) * c + first;
+        __builtin_prefetch(pixel + h * w * c, 0, 2);  // the same channels of the next image
         row[j] = {load_lanes(pixel, in_a), in_b > 0 ? load_lanes(pixel + kLanes, in_b) : Vec{}};
       }
     };
@@ -58,7 +59,12 @@ struct GlobalFilter {
   template <typename T>
   void inverse_channels(const Complex* z, T* y, float scale, int64_t first, int64_t channels, Complex* image,
                         Complex* scratch) const {
-    const auto load_row = [&](int64_t i, Complex* row) { std::copy_n(z + i * w, w, row); };
+    const auto load_row = [&](int64_t i, Complex* row) {
+      for (int64_t j = 0; j < w; ++j) {
+        row[j] = z[i * w + j];
+        __builtin_prefetch(y + (i * w + j) * c + first, 1, 2);  // written after the next transform
+      }
+    };
     const Complex* result = transform(load_row, image, scratch);
     for (int64_t i = 0; i < h * w; ++i) {
       T* pixel = y + i * c + first;
