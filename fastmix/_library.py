@@ -1,4 +1,4 @@
-"""Loads the compiled kernels: the CPU library of this machine's instruction level, and the CUDA library if it was built."""
+"""Loads the compiled kernels: the CPU library of this machine's instruction level, and the CUDA library if built."""
 
 from __future__ import annotations
 

@@ -12,6 +12,7 @@ from collections.abc import Callable
 import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from fastmix import _library
 
@@ -44,13 +45,27 @@ def kernel_answers(op: str, x: Tensor) -> bool:
     )
 
 
+def call(op: torch._ops.OpOverload, *args):
+    """op(*args), below autograd where nothing needs a gradient: its Python layer is more than half of a call's cost."""
+    if torch.compiler.is_compiling() or (
+        torch.is_grad_enabled() and any(isinstance(arg, Tensor) and arg.requires_grad for arg in args)
+    ):
+        return op(*args)
+    with torch._C._AutoDispatchBelowAutograd():
+        return op(*args)
+
+
 def data_is_visible(x: Tensor) -> bool:
-    """True if x's values may be read: not while compiling, inside a functorch transform, or capturing a CUDA graph."""
+    """True if x's values may be read: not while compiling or tracing, inside a functorch transform, or capturing a CUDA
+    graph, and not of a tensor that has none."""
     return not (
         torch.compiler.is_compiling()
         or torch._C._are_functorch_transforms_active()
         or (x.is_cuda and torch.cuda.is_current_stream_capturing())
         or x.is_meta
+        or isinstance(x, FakeTensor)
+        or torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None
+        or torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None
     )
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fastmix.ops._check import check_choice, check_float, check_same_device, check_tensor, dtype_name, shape_text
-from fastmix.ops._route import data_is_visible, differentiate_backward, kernel_answers, note_kernels
+from fastmix.ops._route import call, data_is_visible, differentiate_backward, kernel_answers, note_kernels
 from fastmix.reference import fft_mixing as reference
 
 # The transform is divided by (S·H)^exponent.
@@ -45,7 +45,7 @@ def fourier_mixing(x: Tensor, *, norm: str = "backward", lengths: Tensor | None 
     if lengths is not None:
         _check_lengths(lengths, x)
     if kernel_answers("fourier_mixing", x):
-        return torch.ops.fastmix.fourier_mixing.default(x, lengths, _EXPONENTS[norm])
+        return call(torch.ops.fastmix.fourier_mixing.default, x, lengths, _EXPONENTS[norm])
     return reference.fourier_mixing(x, norm=norm, lengths=lengths)
 
 
@@ -82,7 +82,7 @@ def global_filter(x: Tensor, weight: Tensor) -> Tensor:
     if kernel_answers("global_filter", x):
         if weight.is_complex():
             weight = torch.view_as_real(weight.resolve_conj())
-        return torch.ops.fastmix.global_filter.default(x, weight.to(torch.float32))
+        return call(torch.ops.fastmix.global_filter.default, x, weight.to(torch.float32))
     return reference.global_filter(x, weight)
 
 
@@ -141,9 +141,7 @@ def _global_filter_bwd(ctx, grad_output):
     return torch.ops.fastmix.global_filter_bwd.default(grad_output, *ctx.saved_tensors)
 
 
-torch.library.register_autograd(
-    "fastmix::fourier_mixing", _fourier_mixing_bwd, setup_context=_save_fourier_mixing
-)
+torch.library.register_autograd("fastmix::fourier_mixing", _fourier_mixing_bwd, setup_context=_save_fourier_mixing)
 torch.library.register_autograd("fastmix::global_filter", _global_filter_bwd, setup_context=_save_global_filter)
 differentiate_backward("global_filter_bwd", reference.global_filter, num_inputs=2)
 for _op in ("fourier_mixing", "global_filter", "global_filter_bwd"):

@@ -37,7 +37,7 @@ def _fft_of_length(x: Tensor, lengths: Tensor, norm: str) -> Tensor:
     padded = 1 << max(2 * size - 2, 0).bit_length()
     n = lengths.clamp(min=1)[..., None]  # [..., 1]
     j = torch.arange(size, device=x.device)
-    angle = (j * j % (2 * n)).to(x.real.dtype) * (math.pi / n)  # [..., S], j² reduced exactly
+    angle = (j * j % (2 * n)).to(x.real.dtype) / n * math.pi  # [..., S], j² reduced exactly
     chirp = torch.polar(torch.ones_like(angle), -angle)[..., None]  # [..., S, 1]
     kernel = torch.cat([chirp.conj(), chirp.new_zeros(*chirp.shape[:-2], padded - 2 * size + 1, 1)], dim=-2)
     kernel = torch.cat([kernel, chirp.conj()[..., 1:, :].flip(-2)], dim=-2)  # [..., padded, 1]

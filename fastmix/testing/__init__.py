@@ -1,0 +1,6 @@
+"""The tolerance rule, and the cases that tests, benchmarks and `fastmix parity` share."""
+
+# Op → the module that lists its cases as CASES. The names are the ops' own in every folder.
+OPS = {
+    "fft_mixing": "fastmix.testing.fft_mixing",
+}

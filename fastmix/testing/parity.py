@@ -31,7 +31,13 @@ class Margin:
 
 
 def check_parity(
-    name: str, actual: Tensor, reference: Tensor, oracle: Tensor, *, independent: int = 0, factor: float = FORWARD_FACTOR
+    name: str,
+    actual: Tensor,
+    reference: Tensor,
+    oracle: Tensor,
+    *,
+    independent: int = 0,
+    factor: float = FORWARD_FACTOR,
 ) -> Margin:
     """Raises AssertionError unless `actual` keeps the tolerance rule.
 
@@ -63,7 +69,8 @@ def check_parity(
 
     shares = []
     for measure in (_maximum, _root_mean_square):
-        bound = factor * (measure(reference - oracle) + eps * measure(oracle))
+        reference_error, size = measure(reference - oracle), measure(oracle)
+        bound = factor * (reference_error + eps * size)
         error = measure(actual - oracle)
         if not bound.isfinite().all():
             raise AssertionError(f"{name}: the bound is not finite")
@@ -72,9 +79,9 @@ def check_parity(
         row = int(share.argmax())
         if error[row] > bound[row]:
             raise AssertionError(
-                f"{name}: {measure.__name__.strip('_').replace('_', ' ')} error {error[row]:.3e} in slice {row} exceeds "
-                f"the bound {bound[row]:.3e} = {factor} · (reference's error {measure(reference - oracle)[row]:.3e} + "
-                f"eps {eps:.1e} · size {measure(oracle)[row]:.3e})"
+                f"{name}: {measure.__name__.strip('_').replace('_', ' ')} error {error[row]:.3e} in slice {row} "
+                f"exceeds the bound {bound[row]:.3e} = {factor} · (reference's error {reference_error[row]:.3e} + "
+                f"eps {eps:.1e} · size {size[row]:.3e})"
             )
         shares.append(float(share[row]))
     return Margin(*shares)
