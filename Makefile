@@ -78,12 +78,12 @@ test-sanitized: $(SETUP)
 cuda-check: $(SETUP)
 	@if ! command -v nvcc > /dev/null; then \
 	  echo "NOTICE: no nvcc here, the CUDA files were NOT compiled"; exit 0; fi; \
-	for file in $(wildcard csrc/cuda/*.cu); do for arch in $(CUDA_ARCHS); do \
-	  echo "nvcc sm_$$arch $$file"; \
-	  nvcc -c -std=c++17 -O3 -DUSE_CUDA -DTORCH_TARGET_VERSION=0x020a000000000000 \
-	    -gencode arch=compute_$$arch,code=sm_$$arch -Icsrc -I$(TORCH_INCLUDE) -I$(TORCH_INCLUDE)/torch/csrc/api/include \
-	    $$file -o /dev/null || exit 1; \
-	done; done
+	for file in $(wildcard csrc/cuda/*.cu); do \
+	  echo "nvcc $$file for$(foreach arch,$(CUDA_ARCHS), sm_$(arch))"; \
+	  nvcc -c -std=c++17 -O3 --threads 0 -DUSE_CUDA -DTORCH_TARGET_VERSION=0x020a000000000000 \
+	    $(foreach arch,$(CUDA_ARCHS),-gencode arch=compute_$(arch),code=sm_$(arch)) \
+	    -Icsrc -I$(TORCH_INCLUDE) -I$(TORCH_INCLUDE)/torch/csrc/api/include $$file -o /dev/null || exit 1; \
+	done
 
 # On a machine with a GPU: build with CUDA, run the GPU tests and benchmarks, leave records and logs in OUT.
 # OPS="fft_mixing …" limits it to some ops.

@@ -48,7 +48,7 @@ def sources(folder: str, suffix: str) -> list[str]:
 
 
 def headers() -> list[str]:
-    return sorted(str(path) for path in Path("csrc").rglob("*.h*"))
+    return sorted(str(path) for path in Path("csrc").rglob("*") if path.suffix in (".h", ".cuh"))
 
 
 def with_cuda() -> bool:

@@ -180,16 +180,17 @@ struct FftPasses {
   int points;  // of all bundles
 };
 
-// The first pass may read from elsewhere: load(i, c) is element i of column c; needs lines = 1.
+// The first pass may read from elsewhere: load(i, c) is element i of column c.
 template <class Load>
 struct ElementSource {
-  static constexpr bool kInPlace = false;
+  static constexpr bool kInPlace = false, kOneLine = true;
   const Load& load;
   int columns;
 };
 
+template <bool kOneLine_>
 struct SharedSource {
-  static constexpr bool kInPlace = true;
+  static constexpr bool kInPlace = true, kOneLine = kOneLine_;
 };
 
 // Threads without a butterfly: a value that is not written on every path would stay live through all other passes.
@@ -205,14 +206,18 @@ __device__ __forceinline__ void fft_pass(float2* data, const FftPasses& state, c
   const int butterflies = state.points / kRadix;
   const int step = state.bundle / kRadix;
   const int rest = state.length / kRadix;
+  // Opaque, or the compiler computes the addresses of all passes ahead of their loop and spills them.
+  int thread = threadIdx.x;
+  asm volatile("" : "+r"(thread));
+  const SmallDivisor by_step(step);
+  const auto line_of = [&](int index) { return Source::kOneLine ? 0 : by_step.divide(index); };
   float2 v[kCount][kRadix];
   if constexpr (Source::kInPlace) {
-    const SmallDivisor by_step(step);
 #pragma unroll
     for (int u = 0; u < kCount; ++u) {
-      const int index = threadIdx.x + u * blockDim.x;
+      const int index = thread + u * blockDim.x;
       if (index < butterflies) {
-        const int from = index + by_step.divide(index) * (state.bundle - step);
+        const int from = index + line_of(index) * (state.bundle - step);
 #pragma unroll
         for (int j = 0; j < kRadix; ++j) v[u][j] = data[padded(from + step * j)];
       } else {
@@ -224,7 +229,7 @@ __device__ __forceinline__ void fft_pass(float2* data, const FftPasses& state, c
     const SmallDivisor by_columns(source.columns);
 #pragma unroll
     for (int u = 0; u < kCount; ++u) {
-      const int index = threadIdx.x + u * blockDim.x;
+      const int index = thread + u * blockDim.x;
       if (index < butterflies) {
         const int row = by_columns.divide(index);
         const int column = index - row * source.columns;
@@ -235,12 +240,12 @@ __device__ __forceinline__ void fft_pass(float2* data, const FftPasses& state, c
       }
     }
   }
-  const SmallDivisor by_step(step), by_stride(state.stride);
+  const SmallDivisor by_stride(state.stride);
 #pragma unroll
   for (int u = 0; u < kCount; ++u) {
-    const int index = threadIdx.x + u * blockDim.x;
+    const int index = thread + u * blockDim.x;
     if (index < butterflies) {
-      const int line = by_step.divide(index);
+      const int line = line_of(index);
       const int p = by_stride.divide(index - line * step);
       const int to = index + line * (state.bundle - step) + p * state.stride * (kRadix - 1);
       if (rest > 1) {
@@ -266,36 +271,36 @@ __device__ __forceinline__ void advance(FftPasses& state) {
   state.radices >>= 4;
 }
 
-template <int kElements>
+template <int kElements, bool kOneLine>
 __device__ __forceinline__ void remaining_passes(float2* data, FftPasses& state) {
   for (; state.length > 1; advance(state)) {
     switch (pass_radix(state)) {
       case 2:
-        fft_pass<2, kElements>(data, state, SharedSource{});
+        fft_pass<2, kElements>(data, state, SharedSource<kOneLine>{});
         break;
       case 3:
-        fft_pass<3, kElements>(data, state, SharedSource{});
+        fft_pass<3, kElements>(data, state, SharedSource<kOneLine>{});
         break;
       case 4:
-        fft_pass<4, kElements>(data, state, SharedSource{});
+        fft_pass<4, kElements>(data, state, SharedSource<kOneLine>{});
         break;
       case 5:
-        fft_pass<5, kElements>(data, state, SharedSource{});
+        fft_pass<5, kElements>(data, state, SharedSource<kOneLine>{});
         break;
       case 7:
-        fft_pass<7, kElements>(data, state, SharedSource{});
+        fft_pass<7, kElements>(data, state, SharedSource<kOneLine>{});
         break;
       case 8:
-        fft_pass<8, kElements>(data, state, SharedSource{});
+        fft_pass<8, kElements>(data, state, SharedSource<kOneLine>{});
         break;
       case 11:
-        fft_pass<11, kElements>(data, state, SharedSource{});
+        fft_pass<11, kElements>(data, state, SharedSource<kOneLine>{});
         break;
       case 13:
-        fft_pass<13, kElements>(data, state, SharedSource{});
+        fft_pass<13, kElements>(data, state, SharedSource<kOneLine>{});
         break;
       default:
-        fft_pass<16, kElements>(data, state, SharedSource{});
+        fft_pass<16, kElements>(data, state, SharedSource<kOneLine>{});
     }
   }
 }
@@ -310,7 +315,7 @@ __device__ __forceinline__ FftPasses first_pass(const FftView& plan, int columns
 template <int kElements>
 __device__ __forceinline__ void fft_shared(float2* data, const FftView& plan, int columns, int lines) {
   FftPasses state = first_pass(plan, columns, lines);
-  remaining_passes<kElements>(data, state);
+  remaining_passes<kElements, false>(data, state);
 }
 
 // One line of DFTs of length plan.n, of the elements load(i, c). Element k of the result is fft_result(…, k, c).
@@ -340,7 +345,7 @@ __device__ __forceinline__ void fft_loaded(float2* data, const FftView& plan, in
     __syncthreads();
   }
   for (bool again = bluestein;; again = false) {
-    remaining_passes<kElements>(data, state);
+    remaining_passes<kElements, true>(data, state);
     if (!again) return;
     for (int index = threadIdx.x; index < state.points; index += blockDim.x) {
       const float2 factor = __ldg(plan.spectrum + by_columns.divide(index));

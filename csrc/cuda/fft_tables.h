@@ -110,9 +110,13 @@ enum class BlockKind { kEither, kNarrow, kWide };
 
 inline BlockShape block_shape(const DevicePlan& plan, int64_t total, const SharedLimits& limits,
                               BlockKind kind = BlockKind::kEither) {
+  // A power of two: aligned reads, and the stride that padded() spreads over all banks.
   const auto most = [&](int points_per_thread, size_t bytes) {
-    int columns = std::min(kMaxThreads * points_per_thread / plan.m, kMaxColumns);
-    while (columns > 0 && fft_shared_bytes(columns * plan.m) > bytes) --columns;
+    int columns = kMaxColumns;
+    while (columns > 0 &&
+           (columns * plan.m > kMaxThreads * points_per_thread || fft_shared_bytes(columns * plan.m) > bytes)) {
+      columns /= 2;
+    }
     return columns;
   };
   const size_t half = std::min(limits.multiprocessor / 2 - 1024, limits.block);
@@ -121,13 +125,11 @@ inline BlockShape block_shape(const DevicePlan& plan, int64_t total, const Share
   const bool thin = narrow < std::min<int64_t>(4, (total + 1) / 2) && wide > narrow;
   BlockShape shape{};
   shape.wide = kind == BlockKind::kWide || (kind == BlockKind::kEither && thin);
-  const int columns = shape.wide ? wide : narrow;
-  if (columns == 0) {
+  shape.columns = static_cast<int>(std::min<int64_t>(shape.wide ? wide : narrow, (total + 1) / 2));
+  if (shape.columns == 0) {
     throw std::runtime_error("a transform of " + std::to_string(plan.m) + " points needs more shared memory");
   }
-  shape.blocks = static_cast<int>((total + 2 * columns - 1) / (2 * columns));
-  // The same number of blocks, evenly filled.
-  shape.columns = static_cast<int>((total + 2 * shape.blocks - 1) / (2 * shape.blocks));
+  shape.blocks = static_cast<int>((total + 2 * shape.columns - 1) / (2 * shape.columns));
   const int points_per_thread = shape.wide ? plan.wide_points : plan.narrow_points;
   shape.threads = (shape.columns * plan.m + points_per_thread - 1) / points_per_thread;
   shape.threads = (shape.threads + 31) / 32 * 32;

@@ -2,10 +2,10 @@
 // 1, C]. Two channels are real and imaginary part of one complex image Z; with A, B their spectra, A[k] = ½(Z[k] + conj
 // Z[−k]), iB[k] = ½(Z[k] − conj Z[−k]). irfft2 drops what is not Hermitian in the columns kw = 0 and w/2: there the
 // weight in effect is ½(w[kh] + conj w[−kh]). The inverse DFT is the forward one with real and imaginary parts swapped
-// before and after. dw[k] = Σ_b conj(X_b[k])·G_b[k]·(1 in those columns, else 2): x and dy of a channel share one
-// complex image. A block owns an image (dw: a fixed range of images) × up to 2·16 (16) channels; images of more than
-// kChipPoints points, and sides with a prime factor above 13, go line by line through a float32 workspace. Accumulation
-// in float32.
+// before and after. dw[k] = Σ_b conj(X_b[k])·G_b[k]·(1 in those columns, else 2); x and dy, of sizes far apart, never
+// share a complex image. A block owns an image (dw: a fixed range of images) × up to 2·16 (16) channels; images of more
+// than kChipPoints points, and sides with a prime factor above 13, go line by line through a float32 workspace.
+// Accumulation in float32.
 #pragma once
 
 #include "cuda/fft_block.cuh"
@@ -57,11 +57,11 @@ __device__ __forceinline__ void filter_pair(const FilterShape& shape, const floa
   mirrored = make_float2((b.x - a.y) * factor, (a.x + b.y) * factor);
 }
 
-// conj(X[k])·G[k] from Z = DFT(x + i·dy), with the factors of scale and of the symmetry.
-__device__ __forceinline__ float2 weight_gradient(const FilterShape& shape, int kw, float2 z, float2 mirrored) {
-  const SpectrumPair pair(z, mirrored);
+// conj(X[k])·G[k] of the first (part 0) or second channel of a pair, with the factors of scale and of the symmetry.
+__device__ __forceinline__ float2 weight_gradient(const FilterShape& shape, int kw, int part, const SpectrumPair& x,
+                                                  const SpectrumPair& dy) {
   const float factor = (is_edge(shape, kw) ? 0.25f : 0.5f) * shape.scale;
-  const float2 product = cmul(conj(pair.a), pair.b);
+  const float2 product = part == 0 ? cmul(conj(x.a), dy.a) : cmul(conj(x.b), dy.b);
   return make_float2(product.x * factor, product.y * factor);
 }
 
@@ -122,47 +122,51 @@ __global__ void __launch_bounds__(512, 2) global_filter_kernel(const FilterShape
   }
 }
 
-// Partial sums [gridDim.y, h, w/2 + 1, C]; blockIdx.y owns `images` images from blockIdx.y·images on.
+// Partial sums [gridDim.y, h, w/2 + 1, C]; blockIdx.y owns `images` images from blockIdx.y·images on. The first half of
+// a block's complex images are pairs of channels of x, the second half the same pairs of dy.
 template <typename T>
 __global__ void __launch_bounds__(512, 2)
     global_filter_dw_kernel(const FilterShape shape, int batch, int images, const T* __restrict__ x,
                             const T* __restrict__ dy, float2* __restrict__ partial) {
   extern __shared__ float2 shared[];
   const int first = blockIdx.x * shape.columns;
-  const int columns = min(shape.columns, shape.c - first);
-  const SmallDivisor by_columns(columns);
+  const int channels = min(shape.columns, shape.c - first), pairs = (channels + 1) / 2, columns = 2 * pairs;
+  const SmallDivisor by_columns(columns), by_channels(channels);
   const int points = shape.h * shape.w * columns;
   const int half = shape.w / 2 + 1;
   const SmallDivisor by_half(half);
-  const int sums = shape.h * half * columns;
+  const int sums = shape.h * half * channels;
   // A sum belongs to one thread, so no barrier guards it.
   float2* accumulators = shared + padded(points) + 1;
   for (int index = threadIdx.x; index < sums; index += blockDim.x) accumulators[index] = make_float2(0.f, 0.f);
 
   const int begin = blockIdx.y * images, end = min(begin + images, batch);
   for (int b = begin; b < end; ++b) {
-    const int64_t image = b * (static_cast<int64_t>(shape.h) * shape.w * shape.c);
+    const int64_t image = b * (static_cast<int64_t>(shape.h) * shape.w * shape.c) + first;
 #pragma unroll 4
     for (int index = threadIdx.x; index < points; index += blockDim.x) {
-      const int pixel = by_columns.divide(index), c = index - pixel * columns;
-      const int64_t offset = image + static_cast<int64_t>(pixel) * shape.c + first + c;
-      shared[padded(index)] = make_float2(to_float(__ldg(x + offset)), to_float(__ldg(dy + offset)));
+      const int pixel = by_columns.divide(index), column = index - pixel * columns;
+      const int channel = 2 * (column < pairs ? column : column - pairs);
+      const T* p = (column < pairs ? x : dy) + image + static_cast<int64_t>(pixel) * shape.c + channel;
+      shared[padded(index)] = make_float2(to_float(__ldg(p)), channel + 1 < channels ? to_float(__ldg(p + 1)) : 0.f);
     }
     __syncthreads();
     fft_image(shared, shape, columns);
     for (int index = threadIdx.x; index < sums; index += blockDim.x) {
-      const int k = by_columns.divide(index), c = index - k * columns;
+      const int k = by_channels.divide(index), channel = index - k * channels;
       const int kh = by_half.divide(k), kw = k - kh * half;
-      const float2 z = shared[padded((kh * shape.w + kw) * columns + c)];
-      const int mirrored = negated(kh, shape.h) * shape.w + negated(kw, shape.w);
-      accumulators[index] = accumulators[index] + weight_gradient(shape, kw, z, shared[padded(mirrored * columns + c)]);
+      const int at = (kh * shape.w + kw) * columns + channel / 2;
+      const int mirrored = (negated(kh, shape.h) * shape.w + negated(kw, shape.w)) * columns + channel / 2;
+      const SpectrumPair of_x(shared[padded(at)], shared[padded(mirrored)]);
+      const SpectrumPair of_dy(shared[padded(at + pairs)], shared[padded(mirrored + pairs)]);
+      accumulators[index] = accumulators[index] + weight_gradient(shape, kw, channel % 2, of_x, of_dy);
     }
     __syncthreads();
   }
   float2* out = partial + blockIdx.y * (static_cast<int64_t>(shape.h) * half * shape.c);
   for (int index = threadIdx.x; index < sums; index += blockDim.x) {
-    const int k = by_columns.divide(index);
-    out[static_cast<int64_t>(k) * shape.c + first + index - k * columns] = accumulators[index];
+    const int k = by_channels.divide(index);
+    out[static_cast<int64_t>(k) * shape.c + first + index - k * channels] = accumulators[index];
   }
 }
 
@@ -192,14 +196,11 @@ struct ChannelPairs {
   }
 };
 
-// Complex value q of a pixel: channel q of x and of dy.
+// Complex value q of a pixel: the channel pairs of x, then those of dy.
 struct GradientPairs {
-  const void *x, *dy;
-  Element type;
-  int c;
-  __device__ float2 operator()(int64_t pixel, int q) const {
-    return make_float2(load_element(x, type, pixel * c + q), load_element(dy, type, pixel * c + q));
-  }
+  ChannelPairs x, dy;
+  int pairs;
+  __device__ float2 operator()(int64_t pixel, int q) const { return q < pairs ? x(pixel, q) : dy(pixel, q - pairs); }
 };
 
 struct WorkspaceRows {
@@ -255,20 +256,22 @@ __global__ void __launch_bounds__(256)
   mirrored = mirrored_value;
 }
 
-// One thread an element of dw, over the images [images, h, w, C] of a group; adds to what the groups before left.
+// One thread an element of dw, over the images [images, h, w, 2·pairs] of a group; adds to what the groups before left.
 __global__ void __launch_bounds__(256)
     weight_gradient_kernel(const FilterShape shape, int images, bool first_group, const float2* __restrict__ work,
                            float2* __restrict__ dw) {
-  const int half = shape.w / 2 + 1;
+  const int half = shape.w / 2 + 1, pairs = (shape.c + 1) / 2;
   const int64_t index = blockIdx.x * static_cast<int64_t>(blockDim.x) + threadIdx.x;
   if (index >= static_cast<int64_t>(shape.h) * half * shape.c) return;
   const int c = index % shape.c, kw = index / shape.c % half, kh = index / shape.c / half;
-  const int64_t at = (static_cast<int64_t>(kh) * shape.w + kw) * shape.c + c;
-  const int64_t mirrored = (static_cast<int64_t>(negated(kh, shape.h)) * shape.w + negated(kw, shape.w)) * shape.c + c;
-  const int64_t image = static_cast<int64_t>(shape.h) * shape.w * shape.c;
+  const int64_t pixel = static_cast<int64_t>(kh) * shape.w + kw;
+  const int64_t opposite = static_cast<int64_t>(negated(kh, shape.h)) * shape.w + negated(kw, shape.w);
   float2 sum = first_group ? make_float2(0.f, 0.f) : dw[index];
   for (int b = 0; b < images; ++b) {
-    sum = sum + weight_gradient(shape, kw, __ldg(work + b * image + at), __ldg(work + b * image + mirrored));
+    const float2* image = work + b * (static_cast<int64_t>(shape.h) * shape.w * 2 * pairs) + c / 2;
+    const float2 *z = image + pixel * 2 * pairs, *mirrored = image + opposite * 2 * pairs;
+    const SpectrumPair of_x(__ldg(z), __ldg(mirrored)), of_dy(__ldg(z + pairs), __ldg(mirrored + pairs));
+    sum = sum + weight_gradient(shape, kw, c % 2, of_x, of_dy);
   }
   dw[index] = sum;
 }

@@ -15,6 +15,9 @@ inline bool filter_on_chip(int64_t h, int64_t w) {
 }
 
 // Parts of the batch whose dw are summed apart: enough blocks to fill a device when the channels alone do not.
+// A block that sums dw transforms at least two complex images, of 11 values a thread where 11 is a factor.
+inline bool dw_on_chip(int64_t h, int64_t w) { return filter_on_chip(h, w) && 2 * h * w <= kMaxThreads * 11; }
+
 inline int64_t filter_parts(int64_t b, int64_t c) {
   const int64_t channel_blocks = (c + kMaxColumns - 1) / kMaxColumns;
   return std::min(b, std::max<int64_t>(1, 512 / channel_blocks));
@@ -26,7 +29,8 @@ inline int64_t filter_workspace(int64_t h, int64_t w, int64_t c, int64_t images)
 }
 
 inline int64_t filter_bwd_workspace(int64_t b, int64_t h, int64_t w, int64_t c, int64_t images) {
-  return filter_on_chip(h, w) ? filter_parts(b, c) * h * (w / 2 + 1) * c * 2 : images * h * w * c * 2;
+  if (dw_on_chip(h, w)) return filter_parts(b, c) * h * (w / 2 + 1) * c * 2;
+  return images * h * w * ((c + 1) / 2) * 4;
 }
 
 struct FilterLaunch {
@@ -113,8 +117,8 @@ void launch_global_filter_bwd(const FilterLaunch& op, const T* dy, const T* x, T
   FilterShape shape = filter_shape(op);
   const int64_t spectrum = op.h * (op.w / 2 + 1) * op.c;
   float2* work = reinterpret_cast<float2*>(op.work);
-  if (filter_on_chip(op.h, op.w)) {
-    BlockShape blocks = block_shape(image_plan(op), 2 * shape.c, op.limits, BlockKind::kNarrow);
+  if (dw_on_chip(op.h, op.w)) {
+    BlockShape blocks = block_shape(image_plan(op), 2 * ((op.c + 1) / 2 * 2), op.limits, BlockKind::kNarrow);
     shape.columns = blocks.columns;
     const int64_t parts = filter_parts(op.b, op.c), images = (op.b + parts - 1) / parts;
     blocks.shared_bytes += sizeof(float2) * (op.h * (op.w / 2 + 1) * blocks.columns);
@@ -124,14 +128,16 @@ void launch_global_filter_bwd(const FilterLaunch& op, const T* dy, const T* x, T
            static_cast<int>(parts), reinterpret_cast<float*>(dw));
     return;
   }
-  const int64_t image = op.h * op.w * op.c;
-  const int64_t group = filter_group(op, 2 * image);
-  const WorkspaceRows by_pixel{work, shape.c}, by_row{work, static_cast<int>(op.w * op.c)};
+  const int64_t image = op.h * op.w * op.c, pairs = (op.c + 1) / 2;
+  const int64_t group = filter_group(op, filter_bwd_workspace(op.b, op.h, op.w, op.c, 1));
+  const WorkspaceRows by_pixel{work, static_cast<int>(2 * pairs)}, by_row{work, static_cast<int>(op.w * 2 * pairs)};
   for (int64_t start = 0; start < op.b; start += group) {
     const int64_t images = std::min(group, op.b - start);
-    launch_fft_lines(op, op.w, images * op.h, op.c,
-                     GradientPairs{x + start * image, dy + start * image, element_of(x), shape.c}, by_pixel);
-    launch_fft_lines(op, op.h, images, op.w * op.c, by_row, by_row);
+    const GradientPairs load{{x + start * image, element_of(x), shape.c},
+                             {dy + start * image, element_of(x), shape.c},
+                             static_cast<int>(pairs)};
+    launch_fft_lines(op, op.w, images * op.h, 2 * pairs, load, by_pixel);
+    launch_fft_lines(op, op.h, images, op.w * 2 * pairs, by_row, by_row);
     launch(weight_gradient_kernel, blocks_of_256(spectrum), 256, 0, op.stream, shape, static_cast<int>(images),
            start == 0, work, dw);
   }

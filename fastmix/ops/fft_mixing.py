@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
+from fastmix import _library
 from fastmix.ops._check import check_choice, check_float, check_same_device, check_tensor, dtype_name, shape_text
 from fastmix.ops._route import call, data_is_visible, differentiate_backward, kernel_answers, note_kernels
 from fastmix.reference import fft_mixing as reference
@@ -144,5 +147,78 @@ def _global_filter_bwd(ctx, grad_output):
 torch.library.register_autograd("fastmix::fourier_mixing", _fourier_mixing_bwd, setup_context=_save_fourier_mixing)
 torch.library.register_autograd("fastmix::global_filter", _global_filter_bwd, setup_context=_save_global_filter)
 differentiate_backward("global_filter_bwd", reference.global_filter, num_inputs=2)
+
+# On a GPU outputs and workspaces are allocated here, so that running out of memory is torch.OutOfMemoryError. The sizes
+# are those of csrc/cuda/*_launch.h, which checks them; a workspace has room for the samples that go through together.
+_GROUP_FLOATS = 5 << 20  # 20 MiB, which stay in the L2 cache between the passes
+
+
+def _fourier_mixing_cuda(x, lengths, exponent):
+    s, h = x.shape[-2:]
+    samples = x.contiguous().view(-1, s, h)
+    if choose(s, h, x.dtype, lengths is not None) == "triton":
+        from tritonkernels.fft_mixing import fourier_mixing_dense
+
+        return fourier_mixing_dense(samples, (s * h) ** -exponent).view(x.shape)
+    size = _round_up(s * (h // 2 + 1), 4)
+    if lengths is not None:
+        lengths = lengths.reshape(-1).to(torch.int64)
+        size += _round_up(16 + 12 * (1 << (2 * s - 1).bit_length()) + 2 * s, 4)  # a sample's own tables
+    out = torch.empty_like(samples)
+    workspace = _workspace(x, size, samples.shape[0])
+    torch.ops.fastmix.fourier_mixing_out.default(samples, lengths, exponent, workspace, out)
+    return out.view(x.shape)
+
+
+def _global_filter_cuda(x, weight):
+    batch, h, w, c = x.shape
+    x, weight = x.contiguous(), weight.contiguous()
+    out = torch.empty_like(x)
+    workspace = _workspace(x, 0 if _on_chip(h, w) else h * w * _round_up(c, 2), batch)
+    torch.ops.fastmix.global_filter_out.default(x, weight, False, workspace, out)
+    return out
+
+
+def _global_filter_bwd_cuda(grad_output, x, weight):
+    batch, h, w, c = x.shape
+    x, weight = x.contiguous(), weight.contiguous()
+    dx, dweight = torch.empty_like(x), torch.empty_like(weight)
+    if _on_chip(h, w) and h * w <= 2816:
+        parts = min(batch, max(1, 512 // max(1, -(-c // 16))))  # of the batch, each with its own sum for dweight
+        workspace = x.new_empty(parts * dweight.numel(), dtype=torch.float32)
+    else:
+        workspace = _workspace(x, h * w * _round_up(c, 2) * 2, batch)
+    torch.ops.fastmix.global_filter_bwd_out.default(grad_output.contiguous(), x, weight, workspace, dx, dweight)
+    return dx, dweight
+
+
+def choose(s: int, h: int, dtype: torch.dtype, with_lengths: bool) -> str:
+    """Who transforms on a GPU: "triton" (dense, on tensor cores) or "cuda" (butterflies in shared memory).
+
+    By counted work, not yet by measurement; docs/decisions.md has the count.
+    """
+    dense = s <= 1024 and h <= 1024 and dtype != torch.float32 and not with_lengths
+    return "triton" if dense and _library.has_triton else "cuda"
+
+
+def _workspace(x: Tensor, floats: int, samples: int) -> Tensor:
+    return x.new_empty(floats * min(samples, max(1, _GROUP_FLOATS // max(1, floats))), dtype=torch.float32)
+
+
+@functools.cache
+def _on_chip(h: int, w: int) -> bool:
+    """Whether an image is transformed in shared memory: small, and without a prime factor above 13."""
+    smooth = 2**12 * 3**8 * 5**6 * 7**5 * 11**4 * 13**4  # a multiple of every such number up to 4096
+    return h * w <= 4096 and smooth % h == 0 and smooth % w == 0
+
+
+def _round_up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple
+
+
+if _library.cuda_loaded:
+    torch.library.impl("fastmix::fourier_mixing", "CUDA", _fourier_mixing_cuda)
+    torch.library.impl("fastmix::global_filter", "CUDA", _global_filter_cuda)
+    torch.library.impl("fastmix::global_filter_bwd", "CUDA", _global_filter_bwd_cuda)
 for _op in ("fourier_mixing", "global_filter", "global_filter_bwd"):
     note_kernels(_op)

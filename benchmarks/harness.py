@@ -1,0 +1,205 @@
+"""Measures a case: parity first, then all providers in turns.
+
+Definitions, valid for every record:
+  gbps, gflops        the case's bytes and operations (declared with the case) over the median time
+  ratio_to_best_peer  best peer's median / own median: above 1 is faster than the best peer; for a peer, "best peer"
+                      is the best of all peers, so the best one has 1. null where no peer ran
+  ratio_to_limit      limit time / median, where limit time = max(bytes / copy rate, operations / product rate) with
+                      the rates of a large copy and a large matrix product measured in the same run. At most about 1;
+                      a case whose data stay in the cache may pass it
+  peak_mib            memory in use at the peak of one call beyond what was in use before it, output included
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastmix.benchmarks.limits import Limits, timer
+from fastmix.testing.cases import Case, check_case
+
+OURS = "fastmix"
+FORWARD, BOTH = "forward", "forward+backward"
+MODES = (FORWARD, BOTH)
+MIN_ROUNDS, MAX_ROUNDS = 5, 200
+# A peer must compute the same thing: root mean square of the difference over that of the reference's result.
+PEER_TOLERANCE = 0.01
+
+
+@dataclass(frozen=True)
+class Provider:
+    """An implementation of a case. `missing` says why it can't run here; without `backward` it runs forward only."""
+
+    name: str
+    function: Callable[..., Tensor] | None = None
+    missing: str | None = None
+    backward: bool = True
+    full_only: bool = False
+
+
+@dataclass(frozen=True)
+class BenchCase:
+    """A parity case in one dtype, with its bytes and operations per mode, and its peers.
+
+    A headline is measured with one CPU thread too.
+    """
+
+    case: Case
+    dtype: torch.dtype
+    moved_bytes: dict[str, int]
+    flops: dict[str, int]
+    peers: tuple[Provider, ...]
+    headline: bool = False
+
+    @property
+    def providers(self) -> tuple[Provider, ...]:
+        return (Provider(OURS, self.case.function), *self.peers)
+
+    @property
+    def dtype_name(self) -> str:
+        return str(self.dtype).removeprefix("torch.")
+
+
+@dataclass
+class Outcome:
+    """What came of a case: figures to put on record, providers that were not timed, why nothing is on record."""
+
+    figures: list[dict[str, Any]] = field(default_factory=list)
+    not_run: list[dict[str, str]] = field(default_factory=list)
+    failure: str | None = None
+
+
+def run_case(
+    bench: BenchCase,
+    device: str,
+    limits: Limits,
+    budget_s: float,
+    full: bool = False,
+    peak_mib: Callable[[str, str, Callable[[], object]], float | None] | None = None,
+) -> Outcome:
+    """Checks and times all providers of a case with the current number of threads, in both modes.
+
+    Args:
+        bench: the case.
+        device: "cpu" or "cuda".
+        limits: what the machine can do with this number of threads.
+        budget_s: seconds of timing per mode; five rounds are made in any case.
+        full: runs every peer; else those marked full_only stay out.
+        peak_mib: measures that figure for a provider's name, a mode and the call; without it it is null.
+    """
+    outcome = Outcome()
+    try:
+        check_case(bench.case, bench.dtype, device)
+    except Exception as error:  # an exception of the kernel is as much a failure as a wrong value
+        outcome.failure = f"{type(error).__name__}: {error}"
+        return outcome
+    inputs = bench.case.inputs(bench.dtype, device)
+    grad_output = torch.randn_like(bench.case.reference(**inputs))
+    time_once = timer(device)
+    for mode in MODES:
+        calls = {}
+        for provider, call_or_reason in _calls(bench, inputs, grad_output, mode, full).items():
+            if callable(call_or_reason):
+                calls[provider.name] = call_or_reason
+            else:
+                outcome.not_run.append({"provider": provider.name, "mode": mode, "reason": call_or_reason})
+        estimate_ms = sum(time_once(call) for call in calls.values())
+        rounds = int(min(max(1e3 * budget_s / estimate_ms, MIN_ROUNDS), MAX_ROUNDS))
+        times = take_turns(calls, rounds, time_once)
+        for name, figures in summarise(times, limits, bench.moved_bytes[mode], bench.flops[mode]).items():
+            peak = peak_mib(name, mode, calls[name]) if peak_mib else None
+            outcome.figures.append({"provider": name, "mode": mode, **figures, "peak_mib": peak})
+    return outcome
+
+
+def _calls(bench: BenchCase, inputs: dict[str, Any], grad_output: Tensor, mode: str, full: bool) -> dict:
+    """Provider → its call of this mode, tried once, or the reason why it is not timed."""
+    calls: dict[Provider, Callable[[], object] | str] = {}
+    expected = prepare(bench.case.reference, bench.case, inputs, grad_output, mode)()
+    for provider in bench.providers:
+        reason = _excluded(provider, mode, full)
+        if reason is None:
+            call = prepare(provider.function, bench.case, inputs, grad_output, mode)
+            # Ours has been checked, and far more strictly; it still gets its warm-up.
+            if provider.name == OURS:
+                call()
+            else:
+                reason = _unfit(call, expected)
+        calls[provider] = reason or call
+    return calls
+
+
+def take_turns(
+    calls: dict[str, Callable[[], object]], rounds: int, time_once: Callable[[Callable[[], object]], float]
+) -> dict[str, list[float]]:
+    """Milliseconds of each call in each round; all calls once per round, so that a slow spell hits all alike."""
+    times = {name: [] for name in calls}
+    for _ in range(rounds):
+        for name, call in calls.items():
+            times[name].append(time_once(call))
+    return times
+
+
+def summarise(times: dict[str, list[float]], limits: Limits, moved_bytes: int, flops: int) -> dict[str, dict[str, Any]]:
+    """Provider → its figures, as this file's opening defines them."""
+    medians = {name: float(np.median(values)) for name, values in times.items()}
+    best_peer = min((median for name, median in medians.items() if name != OURS), default=None)
+    return {
+        name: {
+            "median_ms": median,
+            "p20_ms": float(np.percentile(times[name], 20)),
+            "p80_ms": float(np.percentile(times[name], 80)),
+            "gbps": moved_bytes / median / 1e6,
+            "gflops": flops / median / 1e6,
+            "ratio_to_best_peer": best_peer and best_peer / median,
+            "ratio_to_limit": limits.milliseconds(moved_bytes, flops) / median,
+        }
+        for name, median in medians.items()
+    }
+
+
+def prepare(
+    function: Callable[..., Tensor], case: Case, inputs: dict[str, Any], grad_output: Tensor, mode: str
+) -> Callable[[], tuple[Tensor, ...]]:
+    """A call of one mode, without arguments: the output, or the gradients of the case's differentiable arguments."""
+    if mode == FORWARD:
+
+        def forward():
+            with torch.no_grad():
+                return (function(**inputs),)
+
+        return forward
+    leaves = {name: inputs[name].detach().requires_grad_() for name in case.gradients}
+    arguments = {**inputs, **leaves}
+    return lambda: torch.autograd.grad(function(**arguments), tuple(leaves.values()), grad_output)
+
+
+def _excluded(provider: Provider, mode: str, full: bool) -> str | None:
+    if provider.missing:
+        return provider.missing
+    if mode == BOTH and not provider.backward:
+        return "it has no gradient"
+    if provider.full_only and not full:
+        return "only with --full"
+    return None
+
+
+def _unfit(call: Callable[[], tuple[Tensor, ...]], expected: tuple[Tensor, ...]) -> str | None:
+    """Why a peer is not timed: it raises, or computes something else than the reference."""
+    try:
+        actual = call()
+    except Exception as error:
+        return f"it raised {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+    for got, wanted in zip(actual, expected, strict=True):
+        if got.shape != wanted.shape or got.dtype != wanted.dtype:
+            return f"it computes something else: {got.dtype} {list(got.shape)}"
+        difference = (got - wanted).abs().float().square().mean().sqrt()
+        size = wanted.abs().float().square().mean().sqrt()
+        if not difference <= PEER_TOLERANCE * size:
+            return f"it computes something else: {float(difference / size):.1%} away from the reference"
+    return None
