@@ -213,15 +213,10 @@ def _fnet(layers: int, batch: int, device: str):
     model = FNetForMaskedLM(config).eval().to(device)
     tokens = torch.randint(0, config.vocab_size, (batch, 512), device=device)
     mixing = [module for module in model.modules() if isinstance(module, FNetBasicFourierTransform)]
-    hidden = torch.randn(len(mixing), batch, 512, config.hidden_size, device=device)
-
-    def mix() -> None:
-        for layer, x in zip(mixing, hidden, strict=True):
-            layer(x)
-
     return Model(
         forward=lambda: model(input_ids=tokens).logits,
-        layers=mix,
+        layers=mixing,
+        inputs=torch.randn(len(mixing), batch, 512, config.hidden_size, device=device),
         accelerate=lambda: accelerate(model),
         restore=lambda: restore(model),
     )

@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastmix.benchmarks.harness import PEER_TOLERANCE
-from fastmix.benchmarks.limits import timer
 
 
 @dataclass(frozen=True)
 class Model:
-    """A model, and the layers that accelerate() replaces in place and restore() puts back, callable alone."""
+    """A model, its layers that accelerate() replaces in place and restore() puts back, and inputs like theirs."""
 
     forward: Callable[[], Tensor]
-    layers: Callable[[], None]
+    layers: Sequence[nn.Module]
+    inputs: Sequence[Tensor]
     accelerate: Callable[[], object]
     restore: Callable[[], object]
 
@@ -36,49 +37,79 @@ class ModelCase:
 
 @torch.no_grad()
 def measure_model(model: Model, device: str, rounds: int) -> dict[str, Any]:
-    """Times the model and its layers alone, before and after, in turns; raises AssertionError if its output changes.
+    """Times the model before and after, in turns; raises AssertionError if its output changes.
 
-    Ratios are medians over the rounds of the ratios within a round. With the layers' share of the model's time and
-    their own ratio r, the whole can gain at most bound = 1/(1 − share·(1 − 1/r)). part_of_bound is the time saved
-    over the time that the bound saves; null where the rounds differ too much to tell, that is where
-    speedup_error = (80th − 20th percentile)/√rounds is more than half of what there is to gain.
+    The layers are timed in the model (layers_…_ms) and alone, one after another. What the rest of the model takes
+    differs more from round to round than the layers take at all, and is the same code before and after, so the
+    speed-up is that of the medians: (rest + layers before)/(rest + layers after). With the layers' share of the
+    model's time and their ratio r alone, the whole can gain at most bound = 1/(1 − share·(1 − 1/r)); part_of_bound is
+    the time saved over the time that the bound saves. before_ms and after_ms are medians of whole forwards.
     """
-    time_once = timer(device)
+    now = clock(device)
     _check_outputs(model)
-    before, after, layers_before, layers_after = (np.empty(rounds) for _ in range(4))
+    whole, inside, alone = (np.empty((2, rounds)) for _ in range(3))
     for i in range(rounds):
         # Every second round the other way round, so that a drift of the machine's speed cancels.
-        for accelerated in (False, True) if i % 2 == 0 else (True, False):
+        for accelerated in (0, 1) if i % 2 == 0 else (1, 0):
             (model.accelerate if accelerated else model.restore)()
-            whole, alone = (after, layers_after) if accelerated else (before, layers_before)
-            alone[i], whole[i] = time_once(model.layers), time_once(model.forward)
-    speedup = float(np.median(before / after))
-    speedup_error = float(np.subtract(*np.percentile(before / after, (80, 20)))) / rounds**0.5
-    share = float(np.median(layers_before / before))
-    layer_ratio = float(np.median(layers_before / layers_after))
-    bound = 1 / (1 - share * (1 - 1 / layer_ratio))
+            start = now()
+            for layer, x in zip(model.layers, model.inputs, strict=True):
+                layer(x)
+            alone[accelerated, i] = now() - start
+            whole[accelerated, i], inside[accelerated, i] = _time_forward(model, now)
+    rest = float(np.median(whole - inside))
+    before, after = (float(value) for value in np.median(inside, axis=1))
+    alone_before, alone_after = (float(value) for value in np.median(alone, axis=1))
+    share, layer_ratio = before / (rest + before), alone_before / alone_after
+    saved = share * (1 - 1 / layer_ratio)
     return {
         "rounds": rounds,
-        "before_ms": float(np.median(before)),
-        "after_ms": float(np.median(after)),
-        "layers_before_ms": float(np.median(layers_before)),
-        "layers_after_ms": float(np.median(layers_after)),
+        "before_ms": float(np.median(whole[0])),
+        "after_ms": float(np.median(whole[1])),
+        "layers_before_ms": before,
+        "layers_after_ms": after,
         "share": share,
         "layer_ratio": layer_ratio,
-        "speedup": speedup,
-        "speedup_error": speedup_error,
-        "bound": bound,
-        "part_of_bound": (1 - 1 / speedup) / (1 - 1 / bound) if 2 * speedup_error <= bound - 1 else None,
+        "speedup": (rest + before) / (rest + after),
+        "bound": 1 / (1 - saved),
+        "part_of_bound": (before - after) / (rest + before) / saved,
     }
+
+
+def clock(device: str) -> Callable[[], float]:
+    """A function that returns milliseconds, once the device has done what it was given."""
+    if device == "cuda":
+        return lambda: torch.cuda.synchronize() or 1e3 * time.perf_counter()
+    return lambda: 1e3 * time.perf_counter()
+
+
+def _time_forward(model: Model, now: Callable[[], float]) -> tuple[float, float]:
+    """Milliseconds of one forward, and of the layers in it."""
+    inside = 0.0
+
+    def enter(layer, inputs):
+        nonlocal inside
+        inside -= now()
+
+    def leave(layer, inputs, output):
+        nonlocal inside
+        inside += now()
+
+    hooks = [layer.register_forward_pre_hook(enter) for layer in model.layers]
+    hooks += [layer.register_forward_hook(leave) for layer in model.layers]
+    start = now()
+    model.forward()
+    whole = now() - start
+    for hook in hooks:
+        hook.remove()
+    return whole, inside
 
 
 def _check_outputs(model: Model) -> None:
     """Also the warm-up."""
     model.restore()
-    model.layers()
     expected = model.forward()
     model.accelerate()
-    model.layers()
     difference = (model.forward() - expected).square().mean().sqrt()
     size = expected.square().mean().sqrt()
     if not difference <= PEER_TOLERANCE * size:

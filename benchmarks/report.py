@@ -242,13 +242,12 @@ def _model_text(model: dict[str, Any]) -> str:
     title = f"{model['model']}, {_threads(model)}"
     if "not_run" in model:
         return f"{title}: not run: {model['not_run']}"
-    part = model["part_of_bound"]
-    reached = "lost in the noise of this run" if part is None else f"{part:.0%} of the time there is to save"
     return (
         f"{title}: {model['before_ms']:.1f} ms with the model's own layers, {model['after_ms']:.1f} ms with fastmix "
-        f"(medians of {model['rounds']} rounds). The replaced layers take {model['share']:.1%} of the time and become "
-        f"{model['layer_ratio']:.2f} × as fast, so the model can gain at most {model['bound']:.3f} ×; it gained "
-        f"{model['speedup']:.3f} ± {model['speedup_error']:.3f} ×: {reached}."
+        f"(medians of {model['rounds']} rounds). The replaced layers take {model['share']:.1%} of the time, "
+        f"{model['layers_before_ms']:.2f} ms in the model and then {model['layers_after_ms']:.2f} ms; alone they "
+        f"become {model['layer_ratio']:.2f} × as fast, so the model can gain at most {model['bound']:.3f} ×. It gained "
+        f"{model['speedup']:.3f} ×, {model['part_of_bound']:.0%} of the time there is to save."
     )
 
 
