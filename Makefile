@@ -100,7 +100,8 @@ test-wheel: wheel
 	rm -rf build/clean && python3 -m venv build/clean
 	build/clean/bin/pip install --quiet --constraint constraints.txt dist/fastmix-*.whl
 	cd build && clean/bin/python -c "import torch, fastmix; x = torch.randn(2, 8, 8); \
-	  torch.testing.assert_close(fastmix.fourier_mixing(x), torch.fft.fft2(x).real)" && clean/bin/fastmix doctor
+	  torch.testing.assert_close(fastmix.fourier_mixing(x), torch.fft.fft2(x).real)" \
+	  && clean/bin/fastmix doctor && clean/bin/fastmix parity
 
 clean:
 	rm -rf build dist *.egg-info fastmix/*.so .pytest_cache .ruff_cache

@@ -225,3 +225,9 @@ def test_differentiate_backward(scratch):
     inputs = [torch.randn(3, dtype=torch.float64, requires_grad=True) for _ in range(3)]
     assert torch.autograd.gradcheck(op, inputs)
     assert torch.autograd.gradgradcheck(op, inputs)
+
+
+def test_lengths_beyond_the_gpu_kernels_go_to_the_reference(monkeypatch):
+    monkeypatch.setitem(_route.kernels, "fourier_mixing", frozenset({"meta"}))
+    for size, answers in ((8192, True), (8193, False)):
+        assert _route.kernel_answers("fourier_mixing", torch.empty(1, 2, size, device="meta")) is answers

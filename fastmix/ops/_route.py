@@ -22,14 +22,22 @@ KERNEL_DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
 kernels: dict[str, frozenset[str]] = {}
 
 
-def note_kernels(op: str) -> None:
-    """Records for which devices `fastmix::op` has a kernel. Called once, after all registrations of the op."""
+# Op → whether its kernels reach the sizes of an input.
+_reaches: dict[str, Callable[[Tensor], bool]] = {}
+
+
+def note_kernels(op: str, reaches: Callable[[Tensor], bool] = lambda x: True) -> None:
+    """Records for which devices `fastmix::op` has a kernel. Called once, after all registrations of the op.
+
+    reaches(x) says whether the kernels serve a tensor of x's device and sizes.
+    """
+    _reaches[op] = reaches
     has = torch._C._dispatch_has_kernel_for_dispatch_key
     kernels[op] = frozenset(key.lower() for key in ("CPU", "CUDA") if has(f"fastmix::{op}", key))
 
 
 def kernel_answers(op: str, x: Tensor) -> bool:
-    """True if `torch.ops.fastmix.<op>` has a kernel for x's device and dtype and may be called here.
+    """True if `torch.ops.fastmix.<op>` has a kernel for x's device, dtype and sizes and may be called here.
 
     Under functorch transforms (vmap, jvp, grad, …) and inside a forward-mode AD level the reference answers:
     those see through PyTorch functions, not through an op.
@@ -42,6 +50,7 @@ def kernel_answers(op: str, x: Tensor) -> bool:
         x.dtype in KERNEL_DTYPES
         and not torch._C._are_functorch_transforms_active()
         and forward_ad._current_level < 0  # no public function tells
+        and _reaches[op](x)
     )
 
 

@@ -220,5 +220,7 @@ if _library.cuda_loaded:
     torch.library.impl("fastmix::fourier_mixing", "CUDA", _fourier_mixing_cuda)
     torch.library.impl("fastmix::global_filter", "CUDA", _global_filter_cuda)
     torch.library.impl("fastmix::global_filter_bwd", "CUDA", _global_filter_bwd_cuda)
-for _op in ("fourier_mixing", "global_filter", "global_filter_bwd"):
-    note_kernels(_op)
+_GPU_MAX_LENGTH = 8192  # of a transform in shared memory
+note_kernels("fourier_mixing", lambda x: x.is_cpu or max(x.shape[-2:]) <= _GPU_MAX_LENGTH)
+note_kernels("global_filter", lambda x: x.is_cpu or max(x.shape[1:3]) <= _GPU_MAX_LENGTH)
+note_kernels("global_filter_bwd")
