@@ -8,12 +8,10 @@ import math
 import torch
 from torch import Tensor
 
-import fastmix
 from fastmix.benchmarks.harness import BOTH, FORWARD, BenchCase, Provider
 from fastmix.benchmarks.models import ModelCase
 from fastmix.benchmarks.peers import compiled, in_float32, missing
-from fastmix.reference import fft_mixing as reference
-from fastmix.testing.cases import Case
+from fastmix.testing.fft_mixing import fourier_mixing_case, global_filter_case
 
 TOKENS = (64, 100, 127, 128, 197, 512, 1000, 1024, 4096)
 CHANNELS = (64, 384, 768, 1024)
@@ -53,18 +51,9 @@ def _fourier_mixing(shape: tuple[int, int, int], dtype: torch.dtype, device: str
     one_way = 2 * elements * dtype.itemsize  # read x, write y
     # A complex FFT of n points takes 5·n·log2(n) operations; real input halves that, the real, even output again.
     flops = round(1.25 * elements * math.log2(s * h))
-    case = Case(
-        "fft_mixing",
-        f"fourier_mixing {b}x{s}x{h}",
-        fastmix.fourier_mixing,
-        reference.fourier_mixing,
-        lambda generator: {"x": torch.randn(shape, generator=generator, dtype=torch.float64)},
-        independent=1,
-        gradients={"x": 1},
-    )
     # The backward is the same transform of the gradient.
     return BenchCase(
-        case,
+        fourier_mixing_case(f"{b}x{s}x{h}", shape),
         dtype,
         moved_bytes={FORWARD: one_way, BOTH: 2 * one_way},
         flops={FORWARD: flops, BOTH: 2 * flops},
@@ -155,20 +144,6 @@ def _global_filter(shape: tuple[int, int, int, int], dtype: torch.dtype) -> Benc
     b, h, w, c = shape
     pixels, weights = b * h * w * c, h * (w // 2 + 1) * c
 
-    def make(generator):
-        x = torch.randn(shape, generator=generator, dtype=torch.float64)
-        weight = torch.randn(h, w // 2 + 1, c, 2, generator=generator, dtype=torch.float64)
-        return {"x": x, "weight": torch.view_as_complex(weight)}
-
-    case = Case(
-        "fft_mixing",
-        f"global_filter {b}x{h}x{w}x{c}",
-        fastmix.global_filter,
-        reference.global_filter,
-        make,
-        independent=1,
-        gradients={"x": 1, "weight": 0},
-    )
     # Forward: read x and the complex64 weight, write y. Backward: read dy, x, weight, write dx, dweight.
     forward_bytes = 2 * pixels * dtype.itemsize + weights * 8
     backward_bytes = 3 * pixels * dtype.itemsize + 2 * weights * 8
@@ -177,7 +152,7 @@ def _global_filter(shape: tuple[int, int, int, int], dtype: torch.dtype) -> Benc
     transform, product = 2.5 * pixels * math.log2(h * w), 6 * b * weights
     forward_flops, backward_flops = round(2 * transform + product), round(2 * transform + 2 * product)
     return BenchCase(
-        case,
+        global_filter_case(f"{b}x{h}x{w}x{c}", shape),
         dtype,
         moved_bytes={FORWARD: forward_bytes, BOTH: forward_bytes + backward_bytes},
         flops={FORWARD: forward_flops, BOTH: forward_flops + backward_flops},
