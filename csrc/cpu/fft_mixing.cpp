@@ -62,7 +62,7 @@ Tensor global_filter_cpu(const Tensor& x, const Tensor& weight) {
     auto* out = static_cast<T*>(output.data_ptr());
     // Images run fastest: the weights of a block of channels stay in the cache.
     torch::stable::parallel_for(0, blocks * batch, grain, [&](int64_t begin, int64_t end) {
-      Complex* buffer = thread_scratch<Complex>(f.image_size() + f.scratch_size());
+      Complex* buffer = thread_scratch<Complex>(2 * f.size());
       if (!buffer) no_memory = true;
       for (int64_t i = begin; i < end && buffer; ++i) {
         const int64_t first = i / batch * kColumns, offset = i % batch * image;
@@ -100,8 +100,7 @@ std::tuple<Tensor, Tensor> global_filter_bwd_cpu(const Tensor& grad_output, cons
     const auto* in = static_cast<const T*>(input.data_ptr());
     auto* out = static_cast<T*>(dx.data_ptr());
     torch::stable::parallel_for(0, blocks * parts, 1, [&](int64_t begin, int64_t end) {
-      const int64_t size = 2 * (f.image_size() + f.scratch_size() + f.h * f.half());
-      Complex* buffer = thread_scratch<Complex>(size);
+      Complex* buffer = thread_scratch<Complex>(4 * f.size() + 2 * f.h * f.half());
       if (!buffer) no_memory = true;
       for (int64_t i = begin; i < end && buffer; ++i) {
         const int64_t first = i / parts * kColumns, part = i % parts, start = std::min(part * images, batch);

@@ -26,50 +26,55 @@ struct GlobalFilter {
   const FftPlan& along_w = fft_plan(w);
 
   int64_t half() const { return w / 2 + 1; }
-  // Vectors in an image buffer and in the scratch row pair behind it; Bluestein pads.
-  int64_t image_size() const { return along_h.m * w; }
-  int64_t scratch_size() const { return image_size() + 2 * along_w.m; }
+  // Vectors in each of the two buffers of an image; Bluestein pads.
+  int64_t size() const { return std::max(along_h.m * w, along_w.m * h); }
 
-  // DFT of an image whose row i is written to a buffer by load_row(i, buffer). Returns image or the scratch.
-  template <typename LoadRow>
-  Complex* transform(const LoadRow& load_row, Complex* image, Complex* scratch) const {
-    Complex* row = scratch + image_size();
-    for (int64_t i = 0; i < h; ++i) {
-      load_row(i, row);
-      std::copy_n(fft(along_w, 1, row, row + along_w.m), w, image + i * w);
+  // Two buffers that the transforms alternate between; `z` is the one with the data.
+  struct Image {
+    Complex *z, *other;
+    void run(const FftPlan& plan, int64_t inner) {
+      Complex* result = fft(plan, inner, z, other);
+      if (result != z) std::swap(z, other);
     }
-    return fft(along_h, w, image, scratch);
-  }
+    void transpose(int64_t rows, int64_t columns) {  // z [rows, columns]
+      for (int64_t i = 0; i < rows; ++i) {
+        for (int64_t j = 0; j < columns; ++j) other[j * rows + i] = z[i * columns + j];
+      }
+      std::swap(z, other);
+    }
+  };
 
-  // DFT of channels first, …, first + channels − 1 of one image x [h, w, C].
+  // The spectrum [h, w] of channels first, …, first + channels − 1 of one image x [h, w, C]. Images are transformed
+  // along their first dimension, with all of the second beside: they are loaded as [w, h] and transposed in between.
   template <typename T>
-  Complex* transform_channels(const T* x, int64_t first, int64_t channels, Complex* image, Complex* scratch) const {
+  void transform(const T* x, int64_t first, int64_t channels, Image& image) const {
     const int64_t in_a = lanes_of(channels, 0), in_b = lanes_of(channels, 1);
-    const auto load_row = [&](int64_t i, Complex* row) {
+    for (int64_t i = 0; i < h; ++i) {
       for (int64_t j = 0; j < w; ++j) {
         const T* pixel = x + (i * w + j) * c + first;
         __builtin_prefetch(pixel + h * w * c, 0, 2);  // the same channels of the next image
-        row[j] = {load_lanes(pixel, in_a), in_b > 0 ? load_lanes(pixel + kLanes, in_b) : Vec{}};
+        image.z[j * h + i] = {load_lanes(pixel, in_a), in_b > 0 ? load_lanes(pixel + kLanes, in_b) : Vec{}};
       }
-    };
-    return transform(load_row, image, scratch);
+    }
+    image.run(along_w, h);
+    image.transpose(w, h);
+    image.run(along_h, w);
   }
 
-  // The inverse transform of z, which holds the conjugate of the spectrum, times scale, to y [h, w, C].
+  // The inverse transform of an image that holds the conjugate of its spectrum, times scale, to y [h, w, C].
   template <typename T>
-  void inverse_channels(const Complex* z, T* y, float scale, int64_t first, int64_t channels, Complex* image,
-                        Complex* scratch) const {
-    const auto load_row = [&](int64_t i, Complex* row) {
+  void inverse(Image& image, T* y, float scale, int64_t first, int64_t channels) const {
+    image.run(along_h, w);
+    for (int64_t i = 0; i < h * w; ++i) __builtin_prefetch(y + i * c + first, 1, 2);
+    image.transpose(h, w);
+    image.run(along_w, h);
+    for (int64_t i = 0; i < h; ++i) {
       for (int64_t j = 0; j < w; ++j) {
-        row[j] = z[i * w + j];
-        __builtin_prefetch(y + (i * w + j) * c + first, 1, 2);  // written after the next transform
+        T* pixel = y + (i * w + j) * c + first;
+        const Complex& value = image.z[j * h + i];
+        store_lanes(pixel, value.re * scale, lanes_of(channels, 0));
+        if (channels > kLanes) store_lanes(pixel + kLanes, value.im * -scale, lanes_of(channels, 1));
       }
-    };
-    const Complex* result = transform(load_row, image, scratch);
-    for (int64_t i = 0; i < h * w; ++i) {
-      T* pixel = y + i * c + first;
-      store_lanes(pixel, result[i].re * scale, lanes_of(channels, 0));
-      if (channels > kLanes) store_lanes(pixel + kLanes, result[i].im * -scale, lanes_of(channels, 1));
     }
   }
 
@@ -127,42 +132,41 @@ inline void pack_conjugate(Complex* z, int64_t k, int64_t opposite, const Comple
   z[opposite] = conj(conj(value.a) + times_i(conj(value.b)));
 }
 
-// y of one image and a block of channels. buffer: image_size + scratch_size vectors.
+// y of one image and a block of channels. buffer: 2·size vectors.
 template <typename T>
 void filter_block(const GlobalFilter& f, const T* x, const float* weight, T* y, int64_t first, int64_t channels,
                   Complex* buffer) {
-  Complex* scratch = buffer + f.image_size();
-  Complex* z = f.transform_channels(x, first, channels, buffer, scratch);
+  GlobalFilter::Image image{buffer, buffer + f.size()};
+  f.transform(x, first, channels, image);
   f.for_frequencies([&](int64_t k, int64_t opposite, int64_t frequency, int64_t mirror) {
     const ComplexPair weights = f.effective_weight(weight, frequency, mirror, first, channels);
-    const ComplexPair value = unpack(z, k, opposite);
-    pack_conjugate(z, k, opposite, {value.a * weights.a, value.b * weights.b});
+    const ComplexPair value = unpack(image.z, k, opposite);
+    pack_conjugate(image.z, k, opposite, {value.a * weights.a, value.b * weights.b});
   });
-  f.inverse_channels(z, y, 0.5f / static_cast<float>(f.h * f.w), first, channels, buffer, scratch);
+  f.inverse(image, y, 0.5f / static_cast<float>(f.h * f.w), first, channels);
 }
 
 // dx and dweight of `images` images and a block of channels; dweight is summed over the images in their order.
 //   dx = filter(dy, conj weight);  dweight[k] = Σ conj(X[k])·DY[k], twice where only one of k, −k is in the half plane.
-// buffer: 2·(image_size + scratch_size) + 2·h·half vectors.
+// buffer: 4·size + 2·h·half vectors.
 template <typename T>
 void filter_block_bwd(const GlobalFilter& f, const T* dy, const T* x, const float* weight, T* dx, float* dweight,
                       int64_t images, int64_t first, int64_t channels, Complex* buffer) {
-  const int64_t size = f.image_size() + f.scratch_size(), image = f.h * f.w * f.c;
-  Complex *scratch = buffer + f.image_size(), *dy_buffer = buffer + size, *dy_scratch = dy_buffer + f.image_size();
-  auto* sums = reinterpret_cast<ComplexPair*>(dy_buffer + size);
+  const int64_t pixels = f.h * f.w * f.c;
+  GlobalFilter::Image of_x{buffer, buffer + f.size()}, of_dy{buffer + 2 * f.size(), buffer + 3 * f.size()};
+  auto* sums = reinterpret_cast<ComplexPair*>(buffer + 4 * f.size());
   std::fill_n(sums, f.h * f.half(), ComplexPair{});
   for (int64_t n = 0; n < images; ++n) {
-    const Complex* z = f.transform_channels(x + n * image, first, channels, buffer, scratch);
-    Complex* dz = f.transform_channels(dy + n * image, first, channels, dy_buffer, dy_scratch);
+    f.transform(x + n * pixels, first, channels, of_x);
+    f.transform(dy + n * pixels, first, channels, of_dy);
     f.for_frequencies([&](int64_t k, int64_t opposite, int64_t frequency, int64_t mirror) {
       const ComplexPair weights = f.effective_weight(weight, frequency, mirror, first, channels);
-      const ComplexPair value = unpack(z, k, opposite), grad = unpack(dz, k, opposite);
+      const ComplexPair value = unpack(of_x.z, k, opposite), grad = unpack(of_dy.z, k, opposite);
       sums[frequency].a = sums[frequency].a + conj(value.a) * grad.a;
       sums[frequency].b = sums[frequency].b + conj(value.b) * grad.b;
-      pack_conjugate(dz, k, opposite, {grad.a * conj(weights.a), grad.b * conj(weights.b)});
+      pack_conjugate(of_dy.z, k, opposite, {grad.a * conj(weights.a), grad.b * conj(weights.b)});
     });
-    f.inverse_channels(dz, dx + n * image, 0.5f / static_cast<float>(f.h * f.w), first, channels, dy_buffer,
-                       dy_scratch);
+    f.inverse(of_dy, dx + n * pixels, 0.5f / static_cast<float>(f.h * f.w), first, channels);
   }
   const float scale = 0.25f / static_cast<float>(f.h * f.w);  // both spectra are doubled
   f.for_frequencies([&](int64_t, int64_t, int64_t frequency, int64_t mirror) {
