@@ -53,7 +53,7 @@ Tensor global_filter_cpu(const Tensor& x, const Tensor& weight) {
   if (input.numel() == 0) return output;
   const GlobalFilter f{x.size(1), x.size(2), x.size(3)};
   const int64_t batch = x.size(0), image = f.h * f.w * f.c, blocks = (f.c + kColumns - 1) / kColumns;
-  const int64_t grain = std::max<int64_t>(1, 4096 / (f.h * f.w * kColumns));
+  const int64_t grain = std::max<int64_t>(1, kGrainElements / (f.h * f.w * kColumns));
   const auto* w = static_cast<const float*>(filter.data_ptr());
   std::atomic<bool> no_memory{false};
   for_dtype("x", input, [&](auto zero) {
@@ -88,6 +88,7 @@ std::tuple<Tensor, Tensor> global_filter_bwd_cpu(const Tensor& grad_output, cons
   // Few channels: the batch is split too, into parts that depend on the shape alone, so that sums are reproducible.
   const int64_t parts = std::min(batch, (kFilterItems + blocks - 1) / blocks);
   const int64_t weights = dweight.numel(), images = (batch + parts - 1) / parts;
+  const int64_t grain = std::max<int64_t>(1, kGrainElements / (2 * images * f.h * f.w * kColumns));
   const auto partial = allocate<float>(parts > 1 ? parts * weights : 0);
   FASTMIX_CHECK(partial, "global_filter: no memory for ", parts, " x ", weights, " float32");
   auto* dw = static_cast<float*>(dweight.data_ptr());
@@ -99,7 +100,7 @@ std::tuple<Tensor, Tensor> global_filter_bwd_cpu(const Tensor& grad_output, cons
     const auto* grad = static_cast<const T*>(dy.data_ptr());
     const auto* in = static_cast<const T*>(input.data_ptr());
     auto* out = static_cast<T*>(dx.data_ptr());
-    torch::stable::parallel_for(0, blocks * parts, 1, [&](int64_t begin, int64_t end) {
+    torch::stable::parallel_for(0, blocks * parts, grain, [&](int64_t begin, int64_t end) {
       Complex* buffer = thread_scratch<Complex>(4 * f.size() + 2 * f.h * f.half());
       if (!buffer) no_memory = true;
       for (int64_t i = begin; i < end && buffer; ++i) {

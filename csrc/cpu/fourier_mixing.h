@@ -137,7 +137,7 @@ void transform_rows(const float* half, T* y, Sample size, const FftPlan& plan, f
 template <typename Block>
 void for_blocks(int64_t samples, int64_t columns, int64_t length, const Block& block) {
   const int64_t blocks = (columns + kColumns - 1) / kColumns;
-  const int64_t grain = std::max<int64_t>(1, 16384 / (length * kColumns));
+  const int64_t grain = std::max<int64_t>(1, kGrainElements / (length * kColumns));
   torch::stable::parallel_for(0, samples * blocks, grain, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t first = i % blocks * kColumns;
