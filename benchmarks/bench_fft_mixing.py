@@ -128,7 +128,7 @@ def _fourier_peers(s: int, h: int, device: str) -> tuple[Provider, ...]:
     large = s + h > 512
     return (
         Provider("torch.fft.fft2", in_float32(_fft2)),
-        Provider("torch.fft.fftn", in_float32(_fftn), full_only=True),  # the same code as fft2
+        Provider("torch.fft.fftn", in_float32(_fftn)),
         Provider("rfft2 + mirror", in_float32(_rfft2_mirrored)),
         Provider("matrix products", in_float32(_matrix_products), full_only=large),
         Provider("ducc0 r2c + mirror", in_float32(_ducc0_r2c), no_ducc0, backward=False),
