@@ -9,8 +9,8 @@ namespace fastmix {
 
 inline constexpr int kColumns = 2 * kLanes;  // real columns that one complex transform in the lanes carries
 
-// Elements to transform, some 60 µs of work, for which waking a sleeping thread pays.
-inline constexpr int64_t kGrainElements = 65536;
+// Elements to transform, some 120 µs of work, for which waking a sleeping thread pays.
+inline constexpr int64_t kGrainElements = 131072;
 
 inline int64_t mirrored(int64_t index, int64_t n) { return index == 0 ? 0 : n - index; }
 
