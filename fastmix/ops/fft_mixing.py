@@ -133,7 +133,7 @@ def _save_fourier_mixing(ctx, inputs, output):
 
 def _fourier_mixing_bwd(ctx, grad_output):
     # The operator is its own transpose, at any order.
-    return torch.ops.fastmix.fourier_mixing.default(grad_output, *ctx.saved_tensors, ctx.exponent), None, None
+    return call(torch.ops.fastmix.fourier_mixing.default, grad_output, *ctx.saved_tensors, ctx.exponent), None, None
 
 
 def _save_global_filter(ctx, inputs, output):
@@ -141,7 +141,7 @@ def _save_global_filter(ctx, inputs, output):
 
 
 def _global_filter_bwd(ctx, grad_output):
-    return torch.ops.fastmix.global_filter_bwd.default(grad_output, *ctx.saved_tensors)
+    return call(torch.ops.fastmix.global_filter_bwd.default, grad_output, *ctx.saved_tensors)
 
 
 torch.library.register_autograd("fastmix::fourier_mixing", _fourier_mixing_bwd, setup_context=_save_fourier_mixing)
