@@ -18,8 +18,9 @@ if os.environ.get("FASTMIX_NO_EXT") != "1":
     except ImportError:
         sys.exit(
             "fastmix is compiled against the PyTorch that is installed, and this build environment has none.\n"
-            "Install PyTorch first and build beside it:  pip install --no-build-isolation fastmix\n"
-            "or install without compiled kernels:        FASTMIX_NO_EXT=1 pip install fastmix"
+            "Build beside the installed one:       pip install --no-build-isolation fastmix\n"
+            "  (with torch, setuptools, wheel, pybind11 and ninja installed)\n"
+            "or install without compiled kernels:  FASTMIX_NO_EXT=1 pip install fastmix"
         )
 
 STABLE_ABI = ["-DTORCH_TARGET_VERSION=0x020a000000000000"]  # PyTorch 2.10 and later
