@@ -71,9 +71,7 @@ def warnings() -> list[str]:
 
 def _answer(op: str, device: str) -> tuple[str, str]:
     if device in _route.kernels[op]:
-        if device == "cpu":
-            return f"C++ {_library.cpu_level}", ""
-        return ("CUDA" if _library.cuda_loaded else "Triton"), ""
+        return (f"C++ {_library.cpu_level}" if device == "cpu" else "CUDA"), ""
     if device == "cpu":
         return "reference", _library.missing_reason or "no CPU kernel of this op"
     return "reference", _why_no_cuda()

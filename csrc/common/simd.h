@@ -16,7 +16,7 @@ namespace fastmix {
 using BFloat16 = torch::headeronly::BFloat16;
 using Half = torch::headeronly::Half;
 
-// 16 lanes of AVX-512 double the working set of a kernel and gain nothing where the units are 256 bits wide.
+// Not 16 under AVX-512: that doubles the working set of a kernel, and was measured slower (docs/decisions.md).
 #if defined(__AVX__)
 inline constexpr int kLanes = 8;
 #else

@@ -20,7 +20,7 @@ inline Complex times(const Complex& a, float re, float im) { return {a.re * re -
 
 namespace detail {
 
-// cos and sin of 2π·k/n for compile-time tables: |angle| ≤ π/4 after folding is not needed for n ≤ 16.
+// cos (first = 0) and sin (first = 1) of |x| ≤ π at compile time, to double precision.
 constexpr double taylor(double x, int first) {
   double term = first == 0 ? 1 : x, sum = term;
   for (int i = first + 1; i < 40; i += 2) {
