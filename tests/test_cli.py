@@ -95,7 +95,7 @@ def test_parity(monkeypatch, capsys):
 
 
 def test_parity_failure(monkeypatch, capsys):
-    case = fft_mixing._fourier_mixing("7x5", (2, 7, 5))
+    case = fft_mixing.fourier_mixing_case("7x5", (2, 7, 5))
     object.__setattr__(case, "function", lambda **inputs: 1.001 * case.reference(**inputs))
     monkeypatch.setattr(run, "load_cases", lambda op: [case])
     assert run.main(["fft_mixing"], "cpu") == 1
