@@ -144,7 +144,7 @@ def test_check_case_refuses_wrong_functions(error, dtype):
         def backward(ctx, grad):
             return fastmix.fourier_mixing(grad) * 1.1
 
-    def wrong(x, norm, lengths):
+    def wrong(x, norm="backward", lengths=None):
         y = fastmix.fourier_mixing(x, norm=norm, lengths=lengths)
         if error == "transposed":
             return y.transpose(1, 2)
