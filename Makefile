@@ -61,7 +61,7 @@ test-default test-avx2: test-%: build
 # From the tests' folder, so that the package built into build/ is imported and not the clone.
 test-pure: $(SETUP)
 	FASTMIX_NO_EXT=1 $(PYTHON) setup.py -q build --build-base build/pure --build-lib build/pure/lib
-	cd tests && PYTHONPATH=$(CURDIR)/build/pure/lib $(PYTEST) --ignore triton .
+	cd tests && FASTMIX_NO_EXT=1 PYTHONPATH=$(CURDIR)/build/pure/lib $(PYTEST) --ignore triton .
 
 # The CPU kernels under the address and the undefined-behaviour sanitizer.
 SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=undefined -g1

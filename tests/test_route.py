@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import uuid
@@ -33,6 +34,13 @@ def test_the_ops_have_the_kernels_of_this_build():
     for op in ("fourier_mixing", "global_filter", "global_filter_bwd"):
         devices = {"cpu"} if _library.cpu_level else set()
         assert _route.kernels[op] == devices | ({"cuda"} if _library.cuda_loaded else set())
+
+
+@pytest.mark.kernel
+@pytest.mark.skipif(os.environ.get("FASTMIX_NO_EXT") == "1", reason="asked for without compiled kernels")
+def test_the_build_is_not_broken():
+    """Without this, a library that can't be loaded would turn the kernels' tests into tests of the reference."""
+    assert _library.missing_reason is None
 
 
 def test_one_reason_or_one_level():
