@@ -102,8 +102,12 @@ def extensions() -> list:
     built.append(
         Pybind11Extension(
             "fastmix._C",
-            ["csrc/module.cpp"],
+            ["csrc/module.cpp", *sources("trie", ".cpp")],
             include_dirs=["csrc"],
+            depends=headers(),
+            cxx_std=17,
+            extra_compile_args=["-O3", "-pthread"],
+            extra_link_args=["-pthread"],
             define_macros=[
                 ("FASTMIX_TORCH_VERSION", f'"{torch.__version__}"'),
                 ("FASTMIX_CPU_LEVELS", '"{}"'.format(" ".join(CPU_LEVELS))),

@@ -1,4 +1,4 @@
-"""The command line: `fastmix doctor | bench | parity`. Each command's body is imported when it is called."""
+"""The command line: `fastmix doctor | bench | parity | trie`. Each command's body is imported when it is called."""
 
 from __future__ import annotations
 
@@ -41,7 +41,30 @@ def _parser() -> argparse.ArgumentParser:
     parity = commands.add_parser("parity", help="compares the kernels with the PyTorch reference in float64")
     _add_ops(parity)
     parity.set_defaults(run=_parity)
+
+    trie = commands.add_parser("trie", help="builds, describes and looks into files of prefix trees")
+    _add_trie_commands(trie.add_subparsers(required=True, metavar="command"))
     return parser
+
+
+def _add_trie_commands(commands: argparse._SubParsersAction) -> None:
+    build = commands.add_parser("build", help="builds a trie and writes it to a file")
+    build.add_argument("keys", type=Path, metavar="KEYS", help="JSON lines, one list of ints a line; or .npy, 2-D ints")
+    build.add_argument("out", type=Path, metavar="OUT", help="the file, written beside its place and renamed")
+    build.add_argument("--vocab-size", type=_positive, help="every token is smaller (default: the largest token + 1)")
+    build.add_argument("--pad-id", type=int, help="what fills up the rows of a .npy behind their tokens")
+    build.add_argument("--substrings", action="store_true", help="all substrings: each line or row is a passage")
+    build.set_defaults(run=_trie, action="build")
+
+    info = commands.add_parser("info", help="what a file holds")
+    info.add_argument("file", type=Path, metavar="FILE")
+    info.add_argument("--verify", action="store_true", help="compare the checksum of all bytes, however large the file")
+    info.set_defaults(run=_trie, action="info")
+
+    lookup = commands.add_parser("lookup", help="whether tokens are a prefix or a key; exit code 1 if they are neither")
+    lookup.add_argument("file", type=Path, metavar="FILE")
+    lookup.add_argument("tokens", type=int, nargs="*", metavar="TOKENS", help="ints; none: the empty prefix")
+    lookup.set_defaults(run=_trie, action="lookup")
 
 
 def _add_ops(parser: argparse.ArgumentParser) -> None:
@@ -106,3 +129,9 @@ def _parity(arguments: argparse.Namespace) -> int:
     from fastmix.testing import run
 
     return run.main(arguments.ops or list(OPS), _chosen_device(arguments))
+
+
+def _trie(arguments: argparse.Namespace) -> int:
+    from fastmix import _trie_cli
+
+    return _trie_cli.main(arguments)

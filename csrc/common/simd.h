@@ -7,7 +7,7 @@
 #include <cstdint>
 #include <cstring>
 #include <utility>
-#if defined(__F16C__)
+#if defined(__AVX2__) || defined(__F16C__)
 #include <immintrin.h>
 #endif
 
@@ -34,10 +34,14 @@ inline Vec load(const float* p) {
 }
 
 inline Vec load(const BFloat16* p) {
+#if defined(__AVX2__)  // GCC converts in two halves
+  const auto bits = reinterpret_cast<UVec>(_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+#else
   HVec half;
   std::memcpy(&half, p, sizeof(half));
-  const UVec bits = __builtin_convertvector(half, UVec) << 16;
-  return reinterpret_cast<Vec>(bits);
+  const UVec bits = __builtin_convertvector(half, UVec);
+#endif
+  return reinterpret_cast<Vec>(bits << 16);
 }
 
 inline Vec load(const Half* p) {

@@ -3,4 +3,5 @@
 # Op → the module that lists its cases as CASES. The names are the ops' own in every folder.
 OPS = {
     "fft_mixing": "fastmix.testing.fft_mixing",
+    "beam_search": "fastmix.testing.beam_search",
 }

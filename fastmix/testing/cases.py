@@ -17,7 +17,7 @@ class Case:
     """One call of a public function.
 
     make draws the arguments in float64 on the CPU; floating-point tensors are then rounded to the tested dtype
-    (complex ones to complex64), integer tensors stay. `independent` counts the leading dimensions of the output
+    (complex ones to complex64), integer tensors stay, and what else has a device (a Trie) moves there. `independent` counts the leading dimensions of the output
     that are slices of their own, and `gradients` names the arguments that get a gradient with the same count for each.
     """
 
@@ -82,7 +82,7 @@ def _leaf(value: Tensor) -> Tensor:
 
 def _place(value: Any, dtype: torch.dtype, device: str) -> Any:
     if not isinstance(value, Tensor):
-        return value
+        return value.to(device) if hasattr(value, "to") else value
     if value.is_complex():
         value = value.to(torch.complex128 if dtype == torch.float64 else torch.complex64)
     elif value.is_floating_point():
