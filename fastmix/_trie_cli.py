@@ -137,7 +137,7 @@ def _description(reader: TrieReader, node: int) -> list[tuple[str, str]]:
     if reader.ends(node):
         rows.append(("passages" if reader.is_substrings else "payloads", _listed(reader.payloads(node))))
     if node >= 0:
-        rows.append(("next tokens", _listed(reader.children(node)[0])))
+        rows.append(("next tokens", _listed(reader.tokens(node))))
     return rows
 
 

@@ -83,7 +83,7 @@ class LookaheadBias:
     def _find_weights(self, b: int, node: int) -> dict[int, int]:
         reader, question = self._trie.readers[b % self._trie.num_tries], self._questions[b]
         prefix = reader.prefix(node)
-        if self._sep not in prefix or len(reader.children(node)[0]) < 2:
+        if self._sep not in prefix or len(reader.tokens(node)) < 2:
             return {}
         start = question.extend(question.start, prefix)
         weights: dict[int, int] = {}

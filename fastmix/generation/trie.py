@@ -211,7 +211,7 @@ class Trie:
     def children(self, prefix: Any) -> np.ndarray:
         """The tokens that may follow a prefix, ascending, int64; none for what is no prefix."""
         node = self.walk(prefix)
-        return np.array([] if node is None else self._reader.children(node)[0], np.int64)
+        return np.array([] if node is None else self._reader.tokens(node), np.int64)
 
     def payloads(self, key: Any) -> np.ndarray:
         """The payloads of a key in the order they were given, int64; none for what is no key.

@@ -1,12 +1,20 @@
-"""fastmix inside transformers' models, without touching their code: FNet's Fourier transform."""
+"""fastmix inside transformers, without touching its code: FNet's Fourier transform, and decoding under a trie."""
 
 from __future__ import annotations
 
-from torch import nn
+from typing import TYPE_CHECKING
 
+from torch import Tensor, nn
+
+from fastmix.generation import Trie
 from fastmix.integrations._replace import Replacement, Report, put_back, replace
+from fastmix.integrations._trie_processor import TrieLogitsProcessor
 
-__all__ = ["accelerate", "restore"]
+if TYPE_CHECKING:
+    from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
+    from transformers.utils import ModelOutput
+
+__all__ = ["TrieLogitsProcessor", "accelerate", "generate_with_trie", "restore"]
 
 
 def accelerate(model: nn.Module) -> Report:
@@ -47,6 +55,55 @@ def restore(model: nn.Module) -> None:
         ImportError: transformers is not installed.
     """
     put_back(model, _replacements())
+
+
+def generate_with_trie(
+    model: PreTrainedModel,
+    input_ids: Tensor,
+    logits_processor: LogitsProcessorList,
+    stopping_criteria: StoppingCriteriaList,
+    generation_config: GenerationConfig,
+    *,
+    trie: Trie,
+    **model_kwargs,
+) -> Tensor | ModelOutput:
+    """Generates keys of a trie: ``model.generate(**inputs, custom_generate=generate_with_trie, trie=trie, …)``.
+
+    The same sequences and scores as ``generate`` with an exact ``prefix_allowed_tokens_fn``, by
+    :func:`fastmix.generation.trie_beam_search`; without beams by the model's own greedy search or sampling under a
+    :class:`TrieLogitsProcessor`. Where ``generate`` returns what `max_length` cut off, this does not: a
+    result is a whole key and EOS, and a row for which there is none is prompt and pad, with score −inf.
+
+    Lengths, beams, sampling, penalties, EOS and pad ids, return_dict_in_generate and the outputs to record are
+    ``generate``'s own arguments; sequences_scores of beams are there without output_scores too. Logits processors are
+    called where its beam search calls them, on log-probabilities, and those that depend on which tokens are left
+    (top-k, top-p, renormalize_logits …) after the trie's mask. With beams, stopping criteria other than length and EOS
+    are refused, and sampling draws other random numbers than transformers does. ``generate`` keeps a streamer and an
+    assistant model to itself: they are not used.
+
+    Args:
+        model: a transformers model that generates; this and the next four arguments come from ``generate``.
+        input_ids: prompts, or the decoder's start.
+        logits_processor: all that ``generate`` made of its arguments, and the caller's.
+        stopping_criteria: likewise.
+        generation_config: likewise.
+        trie: the keys, without EOS, on the device of the inputs; one for all of them or one for each (`Trie.concat`).
+        model_kwargs: what the model's forward gets.
+
+    Returns:
+        What ``generate`` returns with these arguments: sequences [B · num_return_sequences, length] with the prompt in
+        front, or an output object that holds them, their scores, and what else was asked for.
+
+    Raises:
+        TypeError: trie is no `Trie`.
+        ValueError: the trie does not fit the inputs, no EOS is set or a key holds one, or an argument of ``generate``
+            can't be honoured; the text names it.
+    """
+    from fastmix.integrations import _trie_generate
+
+    return _trie_generate.generate(
+        model, input_ids, logits_processor, stopping_criteria, generation_config, trie, model_kwargs
+    )
 
 
 def _replacements() -> tuple[Replacement, ...]:

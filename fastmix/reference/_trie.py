@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import struct
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterable
-from itertools import pairwise
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 MAGIC, VERSION = b"FMIXTRIE", 1
@@ -121,10 +120,14 @@ class TrieReader:
     def is_substrings(self) -> bool:
         return self.kind == SUFFIXES
 
+    def tokens(self, node: int) -> list[int]:
+        """The tokens of the children, ascending."""
+        return self._tokens(self._children(node)[0])
+
     def children(self, node: int) -> tuple[list[int], list[int]]:
         """Tokens, ascending, and nodes of the children."""
-        symbols, nodes = self._children(node)
-        return [self._token(symbol) for symbol in symbols] if self._table else symbols, nodes
+        symbols, child = self._children(node)
+        return self._tokens(symbols), [child(j) for j in range(len(symbols))]
 
     def child(self, node: int, token: int) -> int:
         """The child by a token, or −1."""
@@ -142,8 +145,8 @@ class TrieReader:
             end = min(record.first_child + record.num_children, len(table))
             j = bisect_left(table, symbol, min(record.first_child, end), end)
             return self._table_child(record, j - record.first_child) if j < end and table[j] == symbol else -1
-        symbols, nodes = self._children(node)
-        return nodes[symbols.index(symbol)] if symbol in symbols else -1
+        symbols, child = self._children(node)
+        return child(symbols.index(symbol)) if symbol in symbols else -1
 
     def walk(self, tokens: Iterable[int], node: int | None = None) -> int:
         """The node that tokens lead to from a node (default: the root), or −1."""
@@ -170,7 +173,7 @@ class TrieReader:
     def key(self, i: int) -> list[int]:
         """The i-th sorted key (suffix)."""
         start = self._start(i)
-        return [self._token(symbol) for symbol in self._text[start : start + self._length(i)]]
+        return self._tokens(self._text[start : start + self._length(i)].tolist())
 
     def prefix(self, node: int) -> list[int]:
         """The tokens that lead to a node."""
@@ -178,7 +181,7 @@ class TrieReader:
         if place is None:
             return []
         start = self._start(place[0])
-        return [self._token(symbol) for symbol in self._text[start : start + place[2]]]
+        return self._tokens(self._text[start : start + place[2]].tolist())
 
     def payloads(self, node: int) -> list[int]:
         """Payloads of the key that ends at a node; for substrings the numbers of the passages that contain it."""
@@ -218,10 +221,11 @@ class TrieReader:
         )
         return (lo, hi, depth, record) if whole else None
 
-    def _children(self, node: int) -> tuple[list[int], list[int]]:
+    def _children(self, node: int) -> tuple[list[int], Callable[[int], int]]:
+        """The symbols of the children, and the function that gives the j-th one."""
         place = self._place(node)
         if place is None or place[2] == MAX_DEPTH:
-            return [], []
+            return [], int
         lo, hi, depth, record = place
         if record is None:
             begins = []
@@ -230,13 +234,14 @@ class TrieReader:
                     symbol = self._text[self._start(i) + depth]
                     if not begins or begins[-1][0] != symbol:
                         begins.append((symbol, i))
-            nodes = [self._node(i, end, depth + 1) for (_, i), (_, end) in pairwise([*begins, (-1, hi)])]
-            return [symbol for symbol, _ in begins], nodes
+            bounds = [*(i for _, i in begins), hi]
+            return [symbol for symbol, _ in begins], lambda j: self._node(bounds[j], bounds[j + 1], depth + 1)
         if depth < record.branch_depth:
-            return ([self._text[self._start(lo) + depth]], [node + 1]) if self._length(lo) > depth else ([], [])
+            symbols = [self._text[self._start(lo) + depth]] if self._length(lo) > depth else []
+            return symbols, lambda j: node + 1
         first = record.first_child
         symbols = self._tables(lo, hi)[0][first : first + record.num_children].tolist()
-        return symbols, [self._table_child(record, j) for j in range(len(symbols))]
+        return symbols, lambda j: self._table_child(record, j)
 
     def _table_child(self, record: Record, j: int) -> int:
         """The j-th child of a record, at its branch depth."""
@@ -289,7 +294,7 @@ class TrieReader:
         a, b, size = (count * self._symbol_bytes for count in (self._start(i), self._start(j), depth))
         return i == j or self._text_bytes[a : a + size] == self._text_bytes[b : b + size]
 
-    def _token(self, symbol: int) -> int:
+    def _tokens(self, symbols: list[int]) -> list[int]:
         if not self._table:
-            return symbol
-        return self._table[symbol] if symbol < len(self._table) else -1
+            return symbols
+        return [self._table[symbol] if symbol < len(self._table) else -1 for symbol in symbols]

@@ -17,8 +17,9 @@ class Case:
     """One call of a public function.
 
     make draws the arguments in float64 on the CPU; floating-point tensors are then rounded to the tested dtype
-    (complex ones to complex64), integer tensors stay, and what else has a device (a Trie) moves there. `independent` counts the leading dimensions of the output
-    that are slices of their own, and `gradients` names the arguments that get a gradient with the same count for each.
+    (complex ones to complex64), integer tensors stay, and what else has a device (a Trie) moves there. `independent`
+    counts the leading dimensions of the output that are slices of their own, and `gradients` names the arguments that
+    get a gradient with the same count for each.
     """
 
     op: str
