@@ -7,7 +7,7 @@
 #include <cstdint>
 #include <cstring>
 #include <utility>
-#if defined(__AVX2__) || defined(__F16C__)
+#if defined(__SSE__)
 #include <immintrin.h>
 #endif
 
@@ -133,6 +133,20 @@ inline void store_pairs(float* p, Vec a, Vec b) {
   detail::zip(a, b, low, high, LaneSequence{});
   store(p, low);
   store(p + kLanes, high);
+}
+
+// Bit i is set where the comparison holds in lane i.
+template <typename Mask>
+uint32_t lanes_where(Mask mask) {
+#if defined(__AVX__)
+  return static_cast<uint32_t>(_mm256_movemask_ps(reinterpret_cast<__m256>(mask)));
+#elif defined(__SSE__)
+  return static_cast<uint32_t>(_mm_movemask_ps(reinterpret_cast<__m128>(mask)));
+#else
+  uint32_t bits = 0;
+  for (int i = 0; i < kLanes; ++i) bits |= (mask[i] ? 1u : 0u) << i;
+  return bits;
+#endif
 }
 
 // rows[i][j] ↔ rows[j][i]

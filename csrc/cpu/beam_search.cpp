@@ -119,10 +119,10 @@ bool add_beam(const TrieView& trie, const Step& step, const T* logits, int64_t b
   for (int64_t i = 0; i < count; i += kLanes) {
     Vec scores = (load(values + i) - log_sum) + total;
     if (step.bias.data) scores += load(biases + i);
-    if (!any(scores >= best.threshold())) continue;
-    for (int lane = 0; lane < kLanes; ++lane) {
-      if (!(scores[lane] >= best.threshold())) continue;
+    for (uint32_t lanes = lanes_where(scores >= best.threshold()); lanes != 0; lanes &= lanes - 1) {
+      const int lane = __builtin_ctz(lanes);
       const int64_t slot = i + lane;
+      if (scores[lane] < best.threshold()) continue;  // which may have risen since
       best.add({scores[lane], static_cast<uint32_t>(k), candidate_token(trie, p, step, slot),
                 slot < p.slots ? static_cast<int32_t>(slot) : -1});
     }

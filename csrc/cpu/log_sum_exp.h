@@ -32,15 +32,6 @@ inline float horizontal_max(Vec v) {
   return best;
 }
 
-// Whether a comparison holds in some lane.
-template <typename Mask>
-bool any(Mask mask) {
-  uint64_t parts[sizeof(Mask) / 8], together = 0;
-  std::memcpy(parts, &mask, sizeof(mask));
-  for (const uint64_t part : parts) together |= part;
-  return together != 0;
-}
-
 struct LogSumExp {
   float max = -kInfinity;  // NaN may be missed here, never in the value
   double sum = 0;          // Σ exp(x − max)
