@@ -103,7 +103,7 @@ def extensions() -> list:
         Pybind11Extension(
             "fastmix._C",
             ["csrc/module.cpp", *sources("trie", ".cpp")],
-            include_dirs=["csrc"],
+            include_dirs=[os.path.abspath("csrc")],
             depends=headers(),
             cxx_std=17,
             extra_compile_args=["-O3", "-pthread"],

@@ -1,18 +1,20 @@
-"""Measures a case: parity first, then all providers in turns.
+"""Measures a case: parity first (`failure_of`), then all providers in turns (`run_case`).
 
 Definitions, valid for every record:
   gbps, gflops        the case's bytes and operations (declared with the case) over the median time
   ratio_to_best_peer  best peer's median / own median: above 1 is faster than the best peer; for a peer, "best peer"
-                      is the best of all peers, so the best one has 1. null where no peer ran
+                      is the best of all peers, so the best one has 1. null where no peer ran. Yardsticks don't count
   ratio_to_limit      limit time / median, where limit time = max(bytes / copy rate, operations / product rate) with
                       the rates of a large copy and a large matrix product measured in the same run. At most about 1;
-                      a case whose data stay in the cache may pass it
+                      a case whose data stay in the cache may pass it. null for a case that declares neither
   peak_mib            memory in use at the peak of one call beyond what was in use before it, output included
+  yardstick           the provider does something else than the case, to be compared with all the same
+  bytes_per_key       of the index that the provider builds or opens, null for other cases
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -33,20 +35,26 @@ PEER_TOLERANCE = 0.01
 
 @dataclass(frozen=True)
 class Provider:
-    """An implementation of a case. `missing` says why it can't run here; without `backward` it runs forward only."""
+    """An implementation of a case. `missing` says why it can't run here; without `backward` it runs forward only.
+
+    A yardstick is timed with the others and is no peer: it computes something else, so its result is not compared.
+    """
 
     name: str
     function: Callable[..., Tensor] | None = None
     missing: str | None = None
     backward: bool = True
     full_only: bool = False
+    yardstick: bool = False
+    bytes_per_key: Callable[[], float] | None = None
 
 
 @dataclass(frozen=True)
 class BenchCase:
     """A parity case in one dtype, with its bytes and operations per mode, and its peers.
 
-    A headline is measured with one CPU thread too.
+    A headline is measured with one CPU thread too. A case that moves no known number of bytes has no limit. `missing`
+    says why the case can't run here at all.
     """
 
     case: Case
@@ -55,10 +63,17 @@ class BenchCase:
     flops: dict[str, int]
     peers: tuple[Provider, ...]
     headline: bool = False
+    full_only: bool = False
+    missing: str | None = None
+    bytes_per_key: Callable[[], float] | None = None
+
+    @property
+    def modes(self) -> tuple[str, ...]:
+        return MODES if self.case.gradients else (FORWARD,)
 
     @property
     def providers(self) -> tuple[Provider, ...]:
-        return (Provider(OURS, self.case.function), *self.peers)
+        return (Provider(OURS, self.case.function, bytes_per_key=self.bytes_per_key), *self.peers)
 
     @property
     def dtype_name(self) -> str:
@@ -67,11 +82,19 @@ class BenchCase:
 
 @dataclass
 class Outcome:
-    """What came of a case: figures to put on record, providers that were not timed, why nothing is on record."""
+    """What came of a case: figures to put on record, and providers that were not timed."""
 
     figures: list[dict[str, Any]] = field(default_factory=list)
     not_run: list[dict[str, str]] = field(default_factory=list)
-    failure: str | None = None
+
+
+def failure_of(bench: BenchCase, device: str) -> str | None:
+    """Why nothing may be recorded for a case: our result is not the reference's, or there is none."""
+    try:
+        check_case(bench.case, bench.dtype, device)
+    except Exception as error:  # an exception of the kernel is as much a failure as a wrong value
+        return f"{type(error).__name__}: {error}"
+    return None
 
 
 def run_case(
@@ -82,7 +105,7 @@ def run_case(
     full: bool = False,
     peak_mib: Callable[[str, str, Callable[[], object]], float | None] | None = None,
 ) -> Outcome:
-    """Checks and times all providers of a case with the current number of threads, in both modes.
+    """Times all providers of a case without failure, with the current number of threads, in its modes.
 
     Args:
         bench: the case.
@@ -93,15 +116,12 @@ def run_case(
         peak_mib: measures that figure for a provider's name, a mode and the call; without it it is null.
     """
     outcome = Outcome()
-    try:
-        check_case(bench.case, bench.dtype, device)
-    except Exception as error:  # an exception of the kernel is as much a failure as a wrong value
-        outcome.failure = f"{type(error).__name__}: {error}"
-        return outcome
     inputs = bench.case.inputs(bench.dtype, device)
-    grad_output = torch.randn_like(bench.case.reference(**inputs))
+    grad_output = draw_grad_output(bench.case, inputs)
     time_once = timer(device)
-    for mode in MODES:
+    providers = {provider.name: provider for provider in bench.providers}
+    yardsticks = {name for name, provider in providers.items() if provider.yardstick}
+    for mode in bench.modes:
         calls = {}
         for provider, call_or_reason in _calls(bench, inputs, grad_output, mode, full).items():
             if callable(call_or_reason):
@@ -111,25 +131,34 @@ def run_case(
         estimate_ms = sum(time_once(call) for call in calls.values())
         rounds = int(min(max(1e3 * budget_s / estimate_ms, MIN_ROUNDS), MAX_ROUNDS))
         times = take_turns(calls, rounds, time_once)
-        for name, figures in summarise(times, limits, bench.moved_bytes[mode], bench.flops[mode]).items():
-            peak = peak_mib(name, mode, calls[name]) if peak_mib else None
-            outcome.figures.append({"provider": name, "mode": mode, **figures, "peak_mib": peak})
+        moved_bytes, flops = bench.moved_bytes.get(mode, 0), bench.flops.get(mode, 0)
+        for name, figures in summarise(times, limits, moved_bytes, flops, yardsticks).items():
+            size = providers[name].bytes_per_key
+            others = {
+                "peak_mib": peak_mib(name, mode, calls[name]) if peak_mib else None,
+                "yardstick": name in yardsticks,
+                "bytes_per_key": size() if size else None,
+            }
+            outcome.figures.append({"provider": name, "mode": mode, **figures, **others})
     return outcome
 
 
-def _calls(bench: BenchCase, inputs: dict[str, Any], grad_output: Tensor, mode: str, full: bool) -> dict:
+def draw_grad_output(case: Case, inputs: dict[str, Any]) -> Tensor | None:
+    """A gradient of the output for the backward, None where there is none."""
+    return torch.randn_like(case.reference(**inputs)) if case.gradients else None
+
+
+def _calls(bench: BenchCase, inputs: dict[str, Any], grad_output: Tensor | None, mode: str, full: bool) -> dict:
     """Provider → its call of this mode, tried once, or the reason why it is not timed."""
     calls: dict[Provider, Callable[[], object] | str] = {}
-    expected = prepare(bench.case.reference, bench.case, inputs, grad_output, mode)()
     for provider in bench.providers:
         reason = _excluded(provider, mode, full)
         if reason is None:
             call = prepare(provider.function, bench.case, inputs, grad_output, mode)
-            # Ours has been checked, and far more strictly; it still gets its warm-up.
             if provider.name == OURS:
-                call()
+                expected = call()  # has been checked, and far more strictly; this is its warm-up too
             else:
-                reason = _unfit(call, expected)
+                reason = _unfit(call, expected, provider.yardstick)
         calls[provider] = reason or call
     return calls
 
@@ -145,10 +174,14 @@ def take_turns(
     return times
 
 
-def summarise(times: dict[str, list[float]], limits: Limits, moved_bytes: int, flops: int) -> dict[str, dict[str, Any]]:
+def summarise(
+    times: dict[str, list[float]], limits: Limits, moved_bytes: int, flops: int, yardsticks: Collection[str] = ()
+) -> dict[str, dict[str, Any]]:
     """Provider → its figures, as this file's opening defines them."""
     medians = {name: float(np.median(values)) for name, values in times.items()}
-    best_peer = min((median for name, median in medians.items() if name != OURS), default=None)
+    peers = medians.keys() - {OURS, *yardsticks}
+    best_peer = min((medians[name] for name in peers), default=None)
+    limit_ms = limits.milliseconds(moved_bytes, flops)
     return {
         name: {
             "median_ms": median,
@@ -157,14 +190,14 @@ def summarise(times: dict[str, list[float]], limits: Limits, moved_bytes: int, f
             "gbps": moved_bytes / median / 1e6,
             "gflops": flops / median / 1e6,
             "ratio_to_best_peer": best_peer and best_peer / median,
-            "ratio_to_limit": limits.milliseconds(moved_bytes, flops) / median,
+            "ratio_to_limit": limit_ms / median if limit_ms else None,
         }
         for name, median in medians.items()
     }
 
 
 def prepare(
-    function: Callable[..., Tensor], case: Case, inputs: dict[str, Any], grad_output: Tensor, mode: str
+    function: Callable[..., Tensor], case: Case, inputs: dict[str, Any], grad_output: Tensor | None, mode: str
 ) -> Callable[[], tuple[Tensor, ...]]:
     """A call of one mode, without arguments: the output, or the gradients of the case's differentiable arguments."""
     if mode == FORWARD:
@@ -189,15 +222,21 @@ def _excluded(provider: Provider, mode: str, full: bool) -> str | None:
     return None
 
 
-def _unfit(call: Callable[[], tuple[Tensor, ...]], expected: tuple[Tensor, ...]) -> str | None:
-    """Why a peer is not timed: it raises, or computes something else than the reference."""
+def _unfit(call: Callable[[], tuple[Tensor, ...]], expected: tuple[Tensor, ...], yardstick: bool) -> str | None:
+    """Why a peer is not timed: it raises, or computes something else than the case."""
     try:
         actual = call()
     except Exception as error:
         return f"it raised {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+    if yardstick:
+        return None
     for got, wanted in zip(actual, expected, strict=True):
         if got.shape != wanted.shape or got.dtype != wanted.dtype:
             return f"it computes something else: {got.dtype} {list(got.shape)}"
+        finite = wanted.isfinite()
+        if not torch.equal(got.where(~finite, 0), wanted.where(~finite, 0)):
+            return "it computes something else: its infinities are at other places"
+        got, wanted = got.where(finite, 0), wanted.where(finite, 0)
         difference = (got - wanted).abs().float().square().mean().sqrt()
         size = wanted.abs().float().square().mean().sqrt()
         if not difference <= PEER_TOLERANCE * size:

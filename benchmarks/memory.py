@@ -48,15 +48,14 @@ def in_child(module: str, index: int, provider: str, mode: str, threads: int) ->
 def _measure(sender, module: str, index: int, provider: str, mode: str, threads: int) -> None:
     from torch._inductor import config
 
-    from fastmix.benchmarks.harness import prepare
+    from fastmix.benchmarks.harness import draw_grad_output, prepare
 
     torch.set_num_threads(threads)
     config.compile_threads = 1  # the compiler's worker processes would each import PyTorch first
     bench = importlib.import_module(module).cases("cpu")[index]
     function = next(candidate.function for candidate in bench.providers if candidate.name == provider)
     inputs = bench.case.inputs(bench.dtype)
-    grad_output = torch.randn_like(bench.case.reference(**inputs))
-    call = prepare(function, bench.case, inputs, grad_output, mode)
+    call = prepare(function, bench.case, inputs, draw_grad_output(bench.case, inputs), mode)
     call()  # plans, matrices and buffers that stay for all calls are no part of the figure
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)  # gives freed memory back, which would else hide what the call takes

@@ -19,19 +19,22 @@ _GREY = "#666666"
 
 
 def draw(rows: list[Row], path: Path) -> None:
-    """Rows of one op, at the highest number of threads.
+    """Rows of one op, at the highest number of threads. All have a limit.
 
     The size of a case is the bytes that it must move; both follow from the record: bytes = GB/s · time, and the
     limit's time = ratio_to_limit · time.
     """
     threads = max(row.ours["threads"] for row in rows)
+    present = [mode for mode in MODES if any(row.ours["mode"] == mode for row in rows)]
     groups: dict[tuple[str, str], dict[str, list[Row]]] = {}  # (function, dtype) → mode → rows
     for row in rows:
         if row.ours["threads"] == threads:
             modes = groups.setdefault((function_of(row.ours), row.ours["dtype"]), {})
             modes.setdefault(row.ours["mode"], []).append(row)
-    figure, axes = plt.subplots(len(MODES), 3, figsize=(16, 9.5), layout="constrained")
-    for mode, (times, peers, limits) in zip(MODES, axes, strict=True):
+    figure, axes = plt.subplots(
+        len(present), 3, figsize=(16, 1 + 4.25 * len(present)), squeeze=False, layout="constrained"
+    )
+    for mode, (times, peers, limits) in zip(present, axes, strict=True):
         for i, (key, modes) in enumerate(groups.items()):
             if mode in modes:
                 _draw_series(modes[mode], " ".join(key), _COLOURS[i % len(_COLOURS)], times, peers, limits)

@@ -17,7 +17,7 @@ from fastmix import _library
 
 _PACKAGE = Path(fastmix.__file__).resolve().parent
 _ROOT = _PACKAGE.parent
-_PEERS = ("numpy", "triton", "transformers", "ducc0")
+_PEERS = ("numpy", "triton", "transformers", "ducc0", "marisa-trie")
 
 
 def version_of(distribution: str) -> str | None:

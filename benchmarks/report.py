@@ -13,13 +13,15 @@ from typing import Any
 from tabulate import tabulate
 
 from fastmix.benchmarks import provenance
-from fastmix.benchmarks.harness import FORWARD, MODES, OURS
+from fastmix.benchmarks.harness import BOTH, FORWARD, MODES, OURS
 
 Record = dict[str, Any]
+_SHORT = {FORWARD: "fwd", BOTH: "fwd+bwd"}
 READING = (
     "× best peer: the best peer's median time over ours, above 1 is faster; “even” where the ranges from the 20th to "
     "the 80th percentile overlap. × limit: the least time in which this machine, as measured in the same run, could "
-    "move the bytes and do the operations, over ours; 1 can't be beaten unless the data stay in the cache."
+    "move the bytes and do the operations, over ours; 1 can't be beaten unless the data stay in the cache. "
+    "A yardstick does something else than the case, and is no peer."
 )
 
 
@@ -57,7 +59,7 @@ def compare(records: Iterable[Record]) -> list[Row]:
     rows = []
     for group in groups.values():
         ours = next((record for record in group if record["provider"] == OURS), None)
-        peers = [record for record in group if record["provider"] != OURS]
+        peers = [record for record in group if record["provider"] != OURS and not record["yardstick"]]
         if ours is not None:
             rows.append(Row(ours, min(peers, key=lambda record: record["median_ms"], default=None)))
     return rows
@@ -79,18 +81,21 @@ def summary(rows: list[Row]) -> str:
 def terminal_text(document: dict[str, Any]) -> str:
     """Forward and forward+backward of a case side by side."""
     rows = {case_key(row.ours): row for row in compare(document["records"])}
+    modes = [mode for mode in MODES if any(key[-1] == mode for key in rows)]
     lines = []
     for case in dict.fromkeys(key[:-1] for key in rows):
         _, name, dtype, threads = case
         line = [name, dtype, threads]
-        for mode in MODES:
+        for mode in modes:
             row = rows.get((*case, mode))
-            line += [_ms(row.ours), row.ratio, f"{row.ours['ratio_to_limit']:.2f}"] if row else [""] * 3
+            line += [_ms(row.ours), row.ratio, _number(row.ours["ratio_to_limit"])] if row else [""] * 3
         forward = rows.get((*case, FORWARD))
         lines.append([*line, forward.peer["provider"] if forward and forward.peer else ""])
     headers = ["case", "dtype", "thr"]
-    headers += ["fwd ms", "× best peer", "× limit", "fwd+bwd ms", "× best peer", "× limit", "best peer, fwd"]
+    headers += [header for mode in modes for header in (f"{_SHORT[mode]} ms", "× best peer", "× limit")]
+    headers += ["best peer, fwd"]
     parts = [tabulate(lines, headers=headers, tablefmt="simple", disable_numparse=True)] if lines else []
+    parts += [_yardsticks(document["records"], rows)]
     parts += [f"{op}: {summary(group)}" for op, group in _by_op(rows.values()).items()]
     parts += [_model_text(model) for model in document["models"]]
     reasons = dict.fromkeys(f"{entry['provider']} ({entry['reason']})" for entry in document["not_run"])
@@ -98,7 +103,14 @@ def terminal_text(document: dict[str, Any]) -> str:
         parts.append(f"not run, in some cases at least: {', '.join(reasons)}")
     if document["load"] > 0.5:
         parts.append(f"The machine was busy before the run (load {document['load']:.1f}): expect noise.")
-    return "\n\n".join(parts)
+    return "\n\n".join(filter(None, parts))
+
+
+def _yardsticks(records: list[Record], rows: dict[tuple, Row]) -> str:
+    """Cases that have a yardstick, with the time of each of their providers over ours."""
+    keys = dict.fromkeys(case_key(record) for record in records if record["yardstick"])
+    chosen = [rows[key] for key in keys if key in rows]
+    return _all_providers(records, chosen, "simple") if chosen else ""
 
 
 def write(document: dict[str, Any], folder: Path) -> Path:
@@ -179,13 +191,20 @@ def _sections(document: dict[str, Any], folder: Path, prefix: str) -> list[str]:
         rows = by_op.get(op, [])
         parts += [f"### {op}"]
         if rows:
-            parts += [f"fastmix is {summary(rows)}.", _plot(rows, folder, f"{prefix}{op}.png")]
+            parts += [f"fastmix is {summary(rows)}."]
+            with_limit = [row for row in rows if row.ours["ratio_to_limit"] is not None]
+            parts += [_plot(with_limit, folder, f"{prefix}{op}.png")] if with_limit else []
+        modes = {row.ours["mode"] for row in rows}
         for function in dict.fromkeys(function_of(row.ours) for row in rows):
             for mode in MODES:
                 chosen = [row for row in rows if function_of(row.ours) == function and row.ours["mode"] == mode]
                 if chosen:
-                    parts += [f"#### {function}, {mode}", _comparison(chosen)]
-                    parts += ["Median ms of every provider:", _all_providers(document["records"], chosen)]
+                    title = f"{function}, {mode}" if len(modes) > 1 else function
+                    parts += [f"#### {title}", _comparison(chosen)]
+                    parts += [
+                        "Median ms of every provider, and over ours:",
+                        _all_providers(document["records"], chosen),
+                    ]
         parts += _not_run(document, op)
         models = [model for model in document["models"] if model["op"] == op]
         parts += ["#### Whole models", *map(_model_text, models)] if models else []
@@ -193,34 +212,42 @@ def _sections(document: dict[str, Any], folder: Path, prefix: str) -> list[str]:
 
 
 def _comparison(rows: list[Row]) -> str:
-    with_peak = any(row.ours["peak_mib"] is not None for row in rows)
+    with_limit, with_peak, with_size = (
+        any(row.ours[figure] is not None for row in rows) for figure in ("ratio_to_limit", "peak_mib", "bytes_per_key")
+    )
     table = []
     for row in rows:
         ours, peer = row.ours, row.peer
         line = [_size(ours), ours["dtype"], ours["threads"], _ms(ours), f"{ours['p20_ms']:.3f} to {ours['p80_ms']:.3f}"]
-        line += [f"{ours['gbps']:.1f}", f"{ours['gflops']:.1f}"]
+        if with_limit:
+            line += [f"{ours['gbps']:.1f}", f"{ours['gflops']:.1f}", _number(ours["ratio_to_limit"])]
         line += [peer["provider"], _ms(peer), f"{ours['ratio_to_best_peer']:.2f}"] if peer else [""] * 3
-        line += [f"**{row.verdict}**" if row.verdict == "SLOWER" else row.verdict, f"{ours['ratio_to_limit']:.2f}"]
+        line += [f"**{row.verdict}**" if row.verdict == "SLOWER" else row.verdict]
         if with_peak:
-            line += [_mib(ours), _mib(peer)]
+            line += [_figure(ours, "peak_mib"), _figure(peer, "peak_mib")]
+        if with_size:
+            line += [_figure(ours, "bytes_per_key"), _figure(peer, "bytes_per_key")]
         table.append(line)
-    headers = ["case", "dtype", "threads", "ours, ms", "p20 to p80", "GB/s", "GFLOP/s"]
-    headers += ["best peer", "its ms", "× best peer", "", "× limit"]
-    if with_peak:
-        headers += ["peak, MiB", "best peer's peak"]
+    headers = ["case", "dtype", "threads", "ours, ms", "p20 to p80"]
+    headers += ["GB/s", "GFLOP/s", "× limit"] if with_limit else []
+    headers += ["best peer", "its ms", "× best peer", ""]
+    headers += ["peak, MiB", "best peer's peak"] if with_peak else []
+    headers += ["bytes a key", "best peer's"] if with_size else []
     return _table(table, headers)
 
 
-def _all_providers(records: list[Record], rows: list[Row]) -> str:
-    wanted = {case_key(row.ours) for row in rows}
+def _all_providers(records: list[Record], rows: list[Row], form: str = "pipe") -> str:
+    ours = {case_key(row.ours): row.ours["median_ms"] for row in rows}
     medians: dict[tuple, dict[str, str]] = {}
     for record in records:
-        if case_key(record) in wanted:
+        if case_key(record) in ours:
             place = (_size(record), record["dtype"], record["threads"])
-            medians.setdefault(place, {})[record["provider"]] = _ms(record)
+            name = f"{record['provider']} (yardstick)" if record["yardstick"] else record["provider"]
+            ratio = f" ({record['median_ms'] / ours[case_key(record)]:.3g} ×)" if record["provider"] != OURS else ""
+            medians.setdefault(place, {})[name] = _ms(record) + ratio
     providers = list(dict.fromkeys(name for figures in medians.values() for name in figures))
     table = [[*place, *(figures.get(name, "") for name in providers)] for place, figures in medians.items()]
-    return _table(table, ["case", "dtype", "threads", *providers])
+    return _table(table, ["case", "dtype", "threads", *providers], form)
 
 
 def _not_run(document: dict[str, Any], op: str) -> list[str]:
@@ -279,10 +306,14 @@ def _size(record: Record) -> str:
     return record["case"].partition(" ")[2] or record["case"]
 
 
-def _mib(record: Record | None) -> str:
-    return "" if record is None or record["peak_mib"] is None else f"{record['peak_mib']:.1f}"
+def _figure(record: Record | None, name: str) -> str:
+    return "" if record is None or record[name] is None else f"{record[name]:.1f}"
 
 
-def _table(rows: Iterable[Iterable[Any]], headers: Iterable[str]) -> str:
+def _number(ratio: float | None) -> str:
+    return "" if ratio is None else f"{ratio:.2f}"
+
+
+def _table(rows: Iterable[Iterable[Any]], headers: Iterable[str], form: str = "pipe") -> str:
     cells = [[str(cell).replace("|", "\\|").replace("\n", " ") for cell in row] for row in rows]
-    return tabulate(cells, headers=list(headers), tablefmt="pipe", disable_numparse=True)
+    return tabulate(cells, headers=list(headers), tablefmt=form, disable_numparse=True)

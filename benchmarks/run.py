@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from fastmix import doctor
 from fastmix.benchmarks import memory, provenance, report
-from fastmix.benchmarks.harness import BenchCase, run_case
+from fastmix.benchmarks.harness import OURS, BenchCase, failure_of, run_case
 from fastmix.benchmarks.limits import Limits, measure_limits
 from fastmix.benchmarks.models import ModelCase, measure_model
 
@@ -48,8 +48,8 @@ def run(ops: list[str], device: str, full: bool, threads: int) -> dict[str, Any]
     work = []
     for op, module in modules.items():
         for index, bench in enumerate(module.cases(device)):
-            for count in sorted({1, threads} if bench.headline and device == "cpu" else {threads}):
-                work.append(functools.partial(session.case, op, module.__name__, index, bench, count))
+            if full or not bench.full_only:
+                work.append(functools.partial(session.case, op, module.__name__, index, bench))
         if hasattr(module, "models"):
             work += [functools.partial(session.model, model) for model in module.models(device, full)]
     threads_before = torch.get_num_threads()
@@ -88,9 +88,22 @@ class Session:
             "failures": [],
         }
 
-    def case(self, op: str, module: str, index: int, bench: BenchCase, threads: int) -> None:
-        torch.set_num_threads(threads)
+    def case(self, op: str, module: str, index: int, bench: BenchCase) -> None:
         place = {"op": op, "case": bench.case.name, "dtype": bench.dtype_name}
+        torch.set_num_threads(self.threads)
+        if bench.missing:
+            self.document["not_run"] += [
+                place | {"threads": self.threads, "provider": OURS, "mode": mode, "reason": bench.missing}
+                for mode in bench.modes
+            ]
+        elif failure := failure_of(bench, self.device):
+            self.document["failures"].append(place | {"threads": self.threads, "reason": failure})
+        else:
+            for threads in sorted({1, self.threads} if bench.headline and self.device == "cpu" else {self.threads}):
+                self._time(place, module, index, bench, threads)
+
+    def _time(self, place: dict[str, str], module: str, index: int, bench: BenchCase, threads: int) -> None:
+        torch.set_num_threads(threads)
         outcome = run_case(
             bench,
             self.device,
@@ -103,12 +116,10 @@ class Session:
             "device": self.document["device"],
             "versions": self.document["versions"],
             "revision": self.document["revision"],
-            "source_digest": provenance.source_digest(op, self.device),
+            "source_digest": provenance.source_digest(place["op"], self.device),
         }
         self.document["records"] += [place | {"threads": threads} | figures | origin for figures in outcome.figures]
         self.document["not_run"] += [place | {"threads": threads} | entry for entry in outcome.not_run]
-        if outcome.failure:
-            self.document["failures"].append(place | {"threads": threads, "reason": outcome.failure})
 
     def model(self, model: ModelCase) -> None:
         torch.set_num_threads(self.threads)

@@ -11,7 +11,15 @@ import pytest
 import torch
 
 import fastmix.benchmarks
-from fastmix.benchmarks import bench_fft_mixing, harness, memory, models, provenance, report, run
+from fastmix.benchmarks import (
+    bench_fft_mixing,
+    harness,
+    memory,
+    models,
+    provenance,
+    report,
+    run,
+)
 from fastmix.benchmarks.harness import BOTH, FORWARD, OURS, BenchCase, Provider
 from fastmix.benchmarks.limits import Limits
 from fastmix.testing.cases import Case
@@ -19,7 +27,8 @@ from fastmix.testing.cases import Case
 LIMITS = Limits(copy_gbps=10.0, product_gflops=100.0)
 RECORD_KEYS = {
     "op", "case", "dtype", "provider", "mode", "threads", "median_ms", "p20_ms", "p80_ms", "gbps", "gflops", "peak_mib",
-    "ratio_to_best_peer", "ratio_to_limit", "device", "versions", "revision", "source_digest",
+    "ratio_to_best_peer", "ratio_to_limit", "yardstick", "bytes_per_key", "device", "versions", "revision",
+    "source_digest",
 }  # fmt: skip
 
 
@@ -35,7 +44,7 @@ def raising(x):
     raise RuntimeError("out of luck")
 
 
-def bench_case(function=square, peers=(), headline=False):
+def bench_case(function=square, peers=(), gradients=("x",), **options):
     case = Case(
         "fft_mixing",
         "square 4x8",
@@ -43,18 +52,18 @@ def bench_case(function=square, peers=(), headline=False):
         square,
         lambda generator: {"x": torch.randn(4, 8, generator=generator, dtype=torch.float64)},
         independent=1,
-        gradients={"x": 1},
+        gradients=dict.fromkeys(gradients, 1),
     )
     sizes = {FORWARD: 256, BOTH: 512}
-    return BenchCase(case, torch.float32, sizes, sizes, peers, headline)
+    return BenchCase(case, torch.float32, **{"moved_bytes": sizes, "flops": sizes, "peers": peers} | options)
 
 
 @pytest.fixture
 def small_session(monkeypatch):
     """`fastmix bench` of one small case in place of the op's."""
 
-    def install(bench):
-        module = SimpleNamespace(__name__="small", cases=lambda device: [bench])
+    def install(*benches):
+        module = SimpleNamespace(__name__="small", cases=lambda device: list(benches))
         monkeypatch.setattr(run, "bench_module", lambda op: module)
         monkeypatch.setattr(run, "measure_limits", lambda device, dtype: LIMITS)
         monkeypatch.setattr(run, "QUICK_BUDGET_S", 0.001)
@@ -84,6 +93,9 @@ def test_figures():
     assert (ours["gbps"], ours["gflops"]) == pytest.approx((5.0, 5.0))
     assert ours["ratio_to_limit"] == pytest.approx(0.5)  # 1 ms for the bytes, 0.1 ms for the operations
     assert [figures[name]["ratio_to_best_peer"] for name in (OURS, "near", "far")] == pytest.approx([2.0, 1.0, 0.5])
+    figures = harness.summarise(times, LIMITS, moved_bytes=0, flops=0, yardsticks={"near"})
+    assert figures[OURS]["ratio_to_limit"] is None
+    assert [figures[name]["ratio_to_best_peer"] for name in (OURS, "near", "far")] == pytest.approx([4.0, 2.0, 1.0])
 
 
 def test_without_peers_there_is_no_ratio_to_them():
@@ -99,14 +111,15 @@ def test_peers_that_do_not_fit_are_not_timed():
         Provider("wrong", wrong),
         Provider("wrong dtype", lambda x: square(x).double(), backward=False),
         Provider("NaN", lambda x: square(x) * float("nan")),
+        Provider("infinite", lambda x: square(x) / 0.0),
         Provider("raising", raising),
     )
     outcome = harness.run_case(bench_case(peers=peers), "cpu", LIMITS, budget_s=0.001)
-    assert outcome.failure is None
     timed = [(figures["provider"], figures["mode"]) for figures in outcome.figures]
     assert timed == [(OURS, FORWARD), ("same", FORWARD), ("forward only", FORWARD), (OURS, BOTH), ("same", BOTH)]
     reasons = {entry["provider"]: entry["reason"] for entry in outcome.not_run if entry["mode"] == FORWARD}
     assert reasons["wrong dtype"] == "it computes something else: torch.float64 [4, 8]"
+    assert "computes something else" in reasons["infinite"]
     reasons = {entry["provider"]: entry["reason"] for entry in outcome.not_run if entry["mode"] == BOTH}
     assert reasons["absent"] == "absent is not installed"
     assert reasons["forward only"] == "it has no gradient"
@@ -116,6 +129,40 @@ def test_peers_that_do_not_fit_are_not_timed():
     assert reasons["raising"] == "it raised RuntimeError: out of luck"
     everything = harness.run_case(bench_case(peers=peers), "cpu", LIMITS, budget_s=0.001, full=True)
     assert "slow to compile" in {figures["provider"] for figures in everything.figures}
+
+
+def test_a_yardstick_may_compute_something_else():
+    peers = (
+        Provider("less", lambda x: x.sum(), yardstick=True, bytes_per_key=lambda: 7.5),
+        Provider("raising", raising, yardstick=True),
+    )
+    outcome = harness.run_case(bench_case(peers=peers, gradients=()), "cpu", LIMITS, budget_s=0.001)
+    figures = {entry["provider"]: entry for entry in outcome.figures}
+    assert figures.keys() == {OURS, "less"}
+    assert (figures["less"]["yardstick"], figures["less"]["bytes_per_key"]) == (True, 7.5)
+    assert figures[OURS]["ratio_to_best_peer"] is None
+    assert [entry["provider"] for entry in outcome.not_run] == ["raising"]
+
+
+def test_infinities_must_be_at_the_same_places():
+    def function(x):
+        return torch.where(x > 0, x, float("-inf"))
+
+    peers = (
+        Provider("same", lambda x: x.masked_fill(x <= 0, float("-inf"))),
+        Provider("other places", lambda x: x.masked_fill(x <= 1, float("-inf"))),
+        Provider("other sign", lambda x: x.masked_fill(x <= 0, float("inf"))),
+    )
+    outcome = harness.run_case(bench_case(function, peers, gradients=()), "cpu", LIMITS, budget_s=0.001)
+    assert [entry["provider"] for entry in outcome.figures] == [OURS, "same"]
+
+
+def test_cases_that_are_left_out(small_session):
+    small_session(bench_case(full_only=True), bench_case(missing="pigs do not fly"), bench_case(gradients=()))
+    document = run.run(["fft_mixing"], "cpu", full=False, threads=1)
+    assert [entry["mode"] for entry in document["records"]] == [FORWARD]
+    assert {(entry["provider"], entry["reason"]) for entry in document["not_run"]} == {(OURS, "pigs do not fly")}
+    assert len(document["not_run"]) == 2
 
 
 @pytest.mark.parametrize("function", [wrong, raising])
@@ -216,8 +263,8 @@ def test_peak_memory_of_a_child():
 def test_fourier_peers_compute_the_same(shape, dtype):
     bench = bench_fft_mixing._fourier_mixing(shape, dtype, "cpu")
     peers = tuple(peer for peer in bench.peers if not peer.name.startswith("torch.compile"))
+    assert harness.failure_of(bench, "cpu") is None
     outcome = harness.run_case(dataclasses.replace(bench, peers=peers), "cpu", LIMITS, 0.0, full=True)
-    assert outcome.failure is None
     reasons = {entry["reason"] for entry in outcome.not_run}
     assert reasons <= {"it has no gradient", "ducc0 is not installed"}
 
@@ -236,8 +283,9 @@ def record(provider, median, mode=FORWARD, case="square 4x8", **changes):
     entry = {
         "op": "fft_mixing", "case": case, "dtype": "float32", "provider": provider, "mode": mode, "threads": 2,
         "median_ms": median, "p20_ms": 0.95 * median, "p80_ms": 1.05 * median, "gbps": 1 / median, "gflops": 1.0,
-        "peak_mib": None, "ratio_to_best_peer": 2.0 / median, "ratio_to_limit": 0.1 / median, "device": "cpu: machine",
-        "versions": {"torch": "2.13"}, "revision": "", "source_digest": "source:0",
+        "peak_mib": None, "ratio_to_best_peer": 2.0 / median, "ratio_to_limit": 0.1 / median, "yardstick": False,
+        "bytes_per_key": None, "device": "cpu: machine", "versions": {"torch": "2.13"}, "revision": "",
+        "source_digest": "source:0",
     }  # fmt: skip
     return entry | changes
 
@@ -272,8 +320,28 @@ def test_wins_and_losses_are_told(tmp_path):
     rows = [line.replace(" ", "") for line in path.read_text().splitlines() if line.startswith("| 4x8")]
     assert any("|peer|2.000|0.50|**SLOWER**|" in row for row in rows)
     assert any("|peer|2.000|2.00|faster|" in row for row in rows)
-    assert any("|1.000|2.000|5.000|" in row for row in rows)  # all providers
+    assert any("|1.000|2.000(2×)|5.000(5×)|" in row for row in rows)  # all providers
     assert (tmp_path / "fft_mixing.png").stat().st_size > 10_000 or "matplotlib is not installed" in path.read_text()
+
+
+def test_an_op_without_gradients(tmp_path):
+    records = [
+        record(OURS, 1.0, bytes_per_key=21.0),
+        record("peer", 30.0, bytes_per_key=100.0),
+        record("less work", 0.5, yardstick=True),
+        record(OURS, 7.0, case="index 9", ratio_to_limit=None, ratio_to_best_peer=None),
+    ]
+    text = report.terminal_text(document(records))
+    assert "fwd+bwd" not in text
+    assert "30.000 (30 ×)" in text
+    assert "0.500 (0.5 ×)" in text
+    assert "faster than the best peer in 1 of 2 measurements, even in 0, SLOWER in 0, without a peer in 1" in text
+    text = report.write(document(records), tmp_path).read_text()
+    assert "#### square\n" in text
+    assert "less work (yardstick)" in text
+    (row,) = (line.replace(" ", "") for line in text.splitlines() if line.startswith("| 4x8") and "faster" in line)
+    assert row.endswith("|peer|30.000|2.00|faster|21.0|100.0|")
+    assert any("|7.000|" in row and "|nopeer|" in row for row in text.replace(" ", "").splitlines())
 
 
 def test_report_says_what_was_not_run(tmp_path):

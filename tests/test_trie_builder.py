@@ -191,7 +191,8 @@ def test_repetitive_text_is_no_trap(builder):
 
 
 @compiled
-def test_a_build_reports_progress_and_stops_at_an_exception():
+def test_a_build_reports_progress_and_stops_at_an_exception(monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)  # so that it takes its time
     rows = _random((2_000_000, 8), 2048)
     shares: list[float] = []
     trie = Trie.from_sequences(rows, progress=shares.append)
@@ -224,7 +225,8 @@ except KeyboardInterrupt:
 
 @compiled
 def test_a_signal_stops_a_large_build():
-    child = subprocess.Popen([sys.executable, "-c", INTERRUPTED], stdout=subprocess.PIPE, text=True, env=os.environ)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # so that it takes its time
+    child = subprocess.Popen([sys.executable, "-c", INTERRUPTED], stdout=subprocess.PIPE, text=True, env=environment)
     assert child.stdout.readline() == "building\n"
     child.send_signal(signal.SIGINT)
     output, _ = child.communicate(timeout=60)

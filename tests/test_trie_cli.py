@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -178,7 +179,8 @@ def test_ctrl_c_leaves_nothing_behind(tmp_path, out):
     keys = np.random.default_rng(0).integers(0, 2048, (4_000_000, 8), dtype=np.uint16)
     np.save(tmp_path / "keys.npy", keys)
     command = [sys.executable, "-c", LOUD, "trie", "build", str(tmp_path / "keys.npy"), str(out)]
-    child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # so that it takes its time
+    child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
     assert child.stdout.readline() == "building\n"
     child.send_signal(signal.SIGINT)
     _, errors = child.communicate(timeout=60)

@@ -52,9 +52,9 @@ struct TrieView {
     if (index >= reinterpret_cast<const uint32_t*>(arena)[9]) return false;
     if (index >= (size - kTrieHeaderBytes) / kTrieEntryBytes) return false;
     const auto* entry = reinterpret_cast<const uint64_t*>(arena + kTrieHeaderBytes + kTrieEntryBytes * index);
-    for (int i = 1; i < 16; ++i) {
-      if (i != 11 && entry[i] >> 44 != 0) return false;  // so that no product below overflows
-    }
+    uint64_t bits = 0;
+    for (int i = 1; i < 16; ++i) bits |= i == 11 ? 0 : entry[i];
+    if (bits >> 44 != 0) return false;  // so that no product below overflows
     kind = entry[0] & 255, symbol_bytes = entry[0] >> 8 & 255, position_bytes = entry[0] >> 16 & 255;
     num_keys = entry[1], key_length = entry[2], num_symbols = entry[3], num_used = entry[4], num_records = entry[5];
     num_narrow = entry[6], num_wide = entry[7], num_passages = entry[14];
@@ -131,8 +131,13 @@ struct TrieView {
     if (p.number >= 0) return (int64_t{1} << 62) | (p.number << 20) | static_cast<int64_t>(p.depth + 1);
     uint32_t symbol = 0, next = 0;
     if (!symbol_of(p.lo + j, p.depth, symbol)) return kNoNode;
-    uint64_t end = p.lo + j + 1;
-    while (end < p.hi && symbol_of(end, p.depth, next) && next == symbol) ++end;
+    // Most children are one key; else few loads that wait for each other, for GPUs.
+    uint64_t end = p.lo + j + 1, high = p.hi;
+    if (end < high && !(symbol_of(end, p.depth, next) && next == symbol)) high = end;
+    while (end < high) {
+      const uint64_t middle = (end + high) / 2;
+      symbol_of(middle, p.depth, next) && next == symbol ? end = middle + 1 : high = middle;
+    }
     return interval_node(p.lo + j, end, p.depth + 1);
   }
 
@@ -212,10 +217,14 @@ struct TrieView {
     };
     const uint64_t begin = begin_of(j), end = j + 1 < p.slots ? begin_of(j + 1) : r.hi;
     if (end - begin <= kIntervalKeys || end < begin) return interval_node(begin, end, r.branch_depth + 1);
-    // The records of the children lie together, in order.
+    // The records of the children lie together, in order; child j's is at most the j-th.
     uint64_t low = r.first_record, high = num_records;
     if (p.number + 1 < static_cast<int64_t>(num_records) && records[p.number + 1].first_record < high) {
       high = records[p.number + 1].first_record;
+    }
+    if (low + j < high) {
+      high = low + j;
+      if (records[high].lo == begin) low = high;
     }
     while (low < high) {
       const uint64_t middle = (low + high) / 2;

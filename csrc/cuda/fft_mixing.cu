@@ -2,17 +2,15 @@
 // what a block owns are told in fourier_mixing_kernels.cuh and global_filter_kernels.cuh. Outputs and workspaces come
 // from Python. Nothing waits for the device and nothing is allocated, but for the first call with a length on a device,
 // which uploads that length's tables and so can't be captured in a CUDA graph.
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <optional>
 
-#include "common/check.h"
 #include "cuda/fourier_mixing_launch.h"
 #include "cuda/global_filter_launch.h"
+#include "cuda/tensor_checks.h"
 
 namespace fastmix {
 namespace {
@@ -21,15 +19,8 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using torch::stable::accelerator::DeviceGuard;
 
-std::string shape_text(const Tensor& tensor) {
-  std::string text = "[";
-  for (int64_t i = 0; i < tensor.dim(); ++i) text += (i > 0 ? ", " : "") + std::to_string(tensor.size(i));
-  return text + "]";
-}
-
 void check_tensor(const Tensor& tensor, const char* name, const Tensor& x) {
-  FASTMIX_CHECK(tensor.is_cuda() && tensor.get_device_index() == x.get_device_index(), name,
-                " must be on the device of x");
+  check_on_device(tensor, name, x, "x");
   FASTMIX_CHECK(tensor.is_contiguous(), name, " must be contiguous");
 }
 
@@ -55,12 +46,6 @@ void check_input(const Tensor& x, int64_t dims) {
 void check_sides(int64_t first, int64_t second) {
   FASTMIX_CHECK(first >= 1 && second >= 1 && first <= kMaxLength && second <= kMaxLength,
                 "the transformed dimensions must be 1 to ", kMaxLength, ", got ", first, " and ", second);
-}
-
-cudaStream_t current_stream(const Tensor& x) {
-  void* stream = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream));
-  return static_cast<cudaStream_t>(stream);
 }
 
 // Calls with a null pointer to the element type of x.

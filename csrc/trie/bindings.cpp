@@ -114,10 +114,15 @@ int useful_threads(uint64_t sequences, int threads) {
 template <class Token, class Build>
 Bytes with_vocabulary(const Sequences<Token>& sequences, std::optional<uint64_t> vocab_size, int threads,
                       Monitor& monitor, Build&& build) {
-  Measure all = measure(sequences, vocab_size.value_or(kMaxVocab), threads, monitor);
+  Vocabulary vocabulary(vocab_size.value_or(0));
+  Measure all =
+      measure(sequences, vocab_size.value_or(kMaxVocab), vocab_size ? &vocabulary : nullptr, threads, monitor);
   if (sequences.count == 0) all.shortest = 0;
-  const uint64_t size = vocab_size.value_or(all.symbols == 0 ? 0 : all.max_token + 1);
-  const Vocabulary vocabulary = find_vocabulary(sequences, size, threads, monitor);
+  if (!vocab_size) {
+    vocabulary = Vocabulary(all.symbols == 0 ? 0 : all.max_token + 1);
+    mark_tokens(sequences, vocabulary, threads, monitor);
+  }
+  vocabulary.finish();
   return vocabulary.symbol_bytes() == 2 ? build(vocabulary, all, uint16_t{}) : build(vocabulary, all, uint32_t{});
 }
 

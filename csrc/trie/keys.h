@@ -86,7 +86,9 @@ class KeyBuilder {
     Entry entry;
     entry.num_nodes = sequences_.count > 0;
     for (const Chunk& chunk : chunks_) {
-      std::memmove(text + entry.symbols, text + chunk.first_symbol, chunk.symbols * sizeof(Symbol));
+      if (entry.symbols != chunk.first_symbol) {  // there were duplicates
+        std::memmove(text + entry.symbols, text + chunk.first_symbol, chunk.symbols * sizeof(Symbol));
+      }
       entry.symbols += chunk.symbols;
       entry.num_sorted += chunk.keys;
       entry.num_nodes += chunk.nodes;
@@ -99,6 +101,7 @@ class KeyBuilder {
  private:
   struct Chunk {
     uint64_t begin, end, first_symbol;  // places in the order, and in the text
+    uint64_t first_bucket, end_bucket = 0;
     uint64_t keys = 0, symbols = 0, nodes = 0;
   };
   struct Item {
@@ -124,10 +127,7 @@ class KeyBuilder {
     uint64_t shift = 0;
     while (symbols >> shift >= kMaxSymbols2) ++shift;
     const uint64_t buckets = (symbols >> shift) + 2;
-    const auto bucket_of = [&](uint64_t number) {
-      const uint64_t symbol = symbol_at(number, measure_.shared);
-      return symbol == 0 ? 0 : ((symbol - 1) >> shift) + 1;
-    };
+    std::vector<uint32_t> bucket_of(sequences_.count);
     struct Count {
       uint64_t keys = 0, symbols = 0;
     };
@@ -135,12 +135,14 @@ class KeyBuilder {
     in_ranges(sequences_.count, threads_, [&](uint64_t begin, uint64_t end, int t) {
       for (uint64_t i = begin; i < end; ++i) {
         if (i % 4096 == 0) monitor_.check();
-        Count& count = counts[t][bucket_of(i)];
+        const uint64_t symbol = symbol_at(i, measure_.shared);
+        bucket_of[i] = symbol == 0 ? 0 : static_cast<uint32_t>((symbol - 1) >> shift) + 1;
+        Count& count = counts[t][bucket_of[i]];
         ++count.keys;
         count.symbols += fixed() ? measure_.longest : sequences_.length(i);
       }
     });
-    Chunk chunk{0, 0, 0};
+    Chunk chunk{0, 0, 0, 0};
     uint64_t place = 0, text = 0;
     for (uint64_t bucket = 0; bucket < buckets; ++bucket) {
       for (auto& count : counts) {
@@ -148,16 +150,18 @@ class KeyBuilder {
         place += keys;
         text += count[bucket].symbols;
       }
+      bucket_ends_.push_back(place);
       chunk.end = place;
+      chunk.end_bucket = bucket + 1;
       if (chunk.end - chunk.begin >= kChunk || (bucket + 1 == buckets && chunk.end > chunk.begin)) {
         chunks_.push_back(chunk);
-        chunk = {place, place, text};
+        chunk = {place, place, text, bucket + 1};
       }
     }
     in_ranges(sequences_.count, threads_, [&](uint64_t begin, uint64_t end, int t) {
       for (uint64_t i = begin; i < end; ++i) {
         if (i % 4096 == 0) monitor_.check();
-        order_.set(counts[t][bucket_of(i)].keys++, i);
+        order_.set(counts[t][bucket_of[i]].keys++, i);
       }
     });
   }
@@ -165,7 +169,7 @@ class KeyBuilder {
   void sort_and_write(Chunk& chunk, Symbol* text) {
     std::vector<Item> items(chunk.end - chunk.begin);
     for (uint64_t i = 0; i < items.size(); ++i) items[i].number = order_[chunk.begin + i];
-    sort(items);
+    sort(items, chunk);
     Symbol* out = text + chunk.first_symbol;
     const Symbol* last = nullptr;
     uint64_t last_length = 0, shared = chunk.begin == 0 ? 0 : measure_.shared;
@@ -191,12 +195,18 @@ class KeyBuilder {
     monitor_.done = 0.1 + 0.7 * static_cast<double>(sorted_) / static_cast<double>(sequences_.count);
   }
 
-  // By one word of symbols, then those with the same by the next, and so on.
-  void sort(std::vector<Item>& items) const {
+  // Each bucket by one word of symbols, then those with the same by the next, and so on.
+  void sort(std::vector<Item>& items, const Chunk& chunk) const {
     struct Group {
       uint64_t begin, end, depth;
     };
-    std::vector<Group> groups{{0, items.size(), measure_.shared}};
+    std::vector<Group> groups;  // the next one is the last
+    uint64_t bucket_end = items.size();
+    for (uint64_t bucket = chunk.end_bucket; bucket-- > chunk.first_bucket;) {
+      const uint64_t begin = bucket == chunk.first_bucket ? 0 : bucket_ends_[bucket - 1] - chunk.begin;
+      if (bucket_end - begin > 1) groups.push_back({begin, bucket_end, measure_.shared});
+      bucket_end = begin;
+    }
     while (!groups.empty()) {
       const auto [begin, end, depth] = groups.back();
       groups.pop_back();
@@ -207,7 +217,7 @@ class KeyBuilder {
       monitor_.check();
       bool same = true;
       for (uint64_t i = begin; i < end; ++i) {
-        if (i + kAhead < end) __builtin_prefetch(sequences_.begin(items[i + kAhead].number) + depth);
+        if (i + kAhead < items.size()) __builtin_prefetch(sequences_.begin(items[i + kAhead].number) + depth);
         items[i].word = word_at(items[i].number, depth);
         same = same && items[i].word == items[begin].word;
       }
@@ -344,7 +354,8 @@ class KeyBuilder {
   const int threads_;
   Monitor& monitor_;
   Order order_;
-  std::vector<uint32_t> lengths_;  // in the order, if they differ
+  std::vector<uint32_t> lengths_;      // in the order, if they differ
+  std::vector<uint64_t> bucket_ends_;  // in the order
   std::vector<Chunk> chunks_;
   std::atomic<size_t> next_chunk_{0};
   std::atomic<uint64_t> sorted_{0};

@@ -52,9 +52,11 @@ struct Measure {
   uint64_t shared = kMaxDepth;  // tokens that all sequences begin with
 };
 
-// Lengths and the largest token; refuses tokens outside of the vocabulary, long sequences, and a pad before a token.
+// Lengths and the largest token; refuses tokens from `limit` on, long sequences, and a pad before a token. Marks the
+// tokens if there is a vocabulary, whose size the limit then is.
 template <class Token>
-Measure measure(const Sequences<Token>& sequences, uint64_t limit, int threads, const Monitor& monitor) {
+Measure measure(const Sequences<Token>& sequences, uint64_t limit, Vocabulary* vocabulary, int threads,
+                const Monitor& monitor) {
   std::vector<Measure> parts(threads);
   in_ranges(sequences.count, threads, [&](uint64_t begin, uint64_t end, int t) {
     Measure part;
@@ -79,6 +81,7 @@ Measure measure(const Sequences<Token>& sequences, uint64_t limit, int threads, 
         sequences.refuse(i, "have tokens from 0 to " + std::to_string(static_cast<int64_t>(limit) - 1) + ", got " +
                                 std::to_string(static_cast<int64_t>(row[j])));
       }
+      for (uint64_t j = 0; vocabulary && j < n; ++j) vocabulary->mark(static_cast<uint64_t>(row[j]));
       part.max_token = std::max(part.max_token, max);
       part.symbols += n;
       part.shortest = std::min(part.shortest, n);
@@ -102,8 +105,7 @@ Measure measure(const Sequences<Token>& sequences, uint64_t limit, int threads, 
 }
 
 template <class Token>
-Vocabulary find_vocabulary(const Sequences<Token>& sequences, uint64_t size, int threads, const Monitor& monitor) {
-  Vocabulary vocabulary(size);
+void mark_tokens(const Sequences<Token>& sequences, Vocabulary& vocabulary, int threads, const Monitor& monitor) {
   in_ranges(sequences.count, threads, [&](uint64_t begin, uint64_t end, int) {
     for (uint64_t i = begin; i < end; ++i) {
       if (i % 4096 == 0) monitor.check();
@@ -111,8 +113,6 @@ Vocabulary find_vocabulary(const Sequences<Token>& sequences, uint64_t size, int
       for (uint64_t j = 0, n = sequences.length(i); j < n; ++j) vocabulary.mark(static_cast<uint64_t>(row[j]));
     }
   });
-  vocabulary.finish();
-  return vocabulary;
 }
 
 }  // namespace fastmix::trie

@@ -35,6 +35,16 @@ class Record(NamedTuple):
     end_record: int
 
 
+class Place(NamedTuple):
+    """Where a node stands: the keys lo … hi − 1 share their first `depth` symbols."""
+
+    node: int
+    lo: int
+    hi: int
+    depth: int
+    record: Record | None
+
+
 def read_arena(buffer) -> list[TrieReader]:
     """A reader for each trie of an arena.
 
@@ -122,53 +132,37 @@ class TrieReader:
 
     def tokens(self, node: int) -> list[int]:
         """The tokens of the children, ascending."""
-        return self._tokens(self._children(node)[0])
+        return self._tokens(self._children(self._place(node))[0])
 
     def children(self, node: int) -> tuple[list[int], list[int]]:
         """Tokens, ascending, and nodes of the children."""
-        symbols, child = self._children(node)
+        symbols, child = self._children(self._place(node))
         return self._tokens(symbols), [child(j) for j in range(len(symbols))]
 
     def child(self, node: int, token: int) -> int:
         """The child by a token, or −1."""
-        symbol = token
-        if self._table:
-            symbol = bisect_left(self._table, token)
-            if symbol == len(self._table) or self._table[symbol] != token:
-                return -1
-        place = self._place(node)
-        if place is None:
-            return -1
-        lo, hi, depth, record = place
-        if record is not None and record.branch_depth == depth:
-            table, _ = self._tables(lo, hi)
-            end = min(record.first_child + record.num_children, len(table))
-            j = bisect_left(table, symbol, min(record.first_child, end), end)
-            return self._table_child(record, j - record.first_child) if j < end and table[j] == symbol else -1
-        symbols, child = self._children(node)
-        return child(symbols.index(symbol)) if symbol in symbols else -1
+        return self._child(self._place(node), token)
 
     def walk(self, tokens: Iterable[int], node: int | None = None) -> int:
         """The node that tokens lead to from a node (default: the root), or −1."""
         node = self.root if node is None else node
+        place = self._place(node)
         for token in tokens:
-            if node < 0:
-                break
-            node = self.child(node, token)
-        return node
+            node = self._child(place, token)
+            place = self._decode(node)  # a child needs no check, which would compare all tokens so far
+        return node if place else -1
 
     def ends(self, node: int) -> bool:
         """Whether a key ends here: a whole key, or any non-empty substring."""
         place = self._place(node)
         if place is None:
             return False
-        lo, _, depth, _ = place
-        return depth > 0 if self.is_substrings else self._length(lo) == depth
+        return place.depth > 0 if self.is_substrings else self._length(place.lo) == place.depth
 
     def interval(self, node: int) -> tuple[int, int]:
         """The sorted keys lo … hi − 1 below a node."""
         place = self._place(node)
-        return place[:2] if place else (0, 0)
+        return (place.lo, place.hi) if place else (0, 0)
 
     def key(self, i: int) -> list[int]:
         """The i-th sorted key (suffix)."""
@@ -180,8 +174,8 @@ class TrieReader:
         place = self._place(node)
         if place is None:
             return []
-        start = self._start(place[0])
-        return self._tokens(self._text[start : start + place[2]].tolist())
+        start = self._start(place.lo)
+        return self._tokens(self._text[start : start + place.depth].tolist())
 
     def payloads(self, node: int) -> list[int]:
         """Payloads of the key that ends at a node; for substrings the numbers of the passages that contain it."""
@@ -194,8 +188,8 @@ class TrieReader:
             return self._payloads[lo : lo + 1].tolist()
         return self._payloads[self._payload_offsets[lo] : self._payload_offsets[lo + 1]].tolist()
 
-    def _place(self, node: int) -> tuple[int, int, int, Record | None] | None:
-        """(lo, hi, depth, record or None) of a node, and None for what is no node."""
+    def _decode(self, node: int) -> Place | None:
+        """What a node says of its place, None if that is not in the trie."""
         if not 0 <= node < 1 << 63:
             return None
         depth = node & MAX_DEPTH
@@ -204,29 +198,48 @@ class TrieReader:
             if number >= self._num_records:
                 return None
             record = self._record(number)
-            lo, hi = record.lo, record.hi
-            if not lo + INTERVAL_KEYS < hi <= self.num_sorted or depth > record.branch_depth:
+            if not record.lo + INTERVAL_KEYS < record.hi <= self.num_sorted or depth > record.branch_depth:
                 return None
-        else:
-            record = None
-            lo, count = node >> 26, (node >> 20 & 63) + 1
-            hi = lo + count
-            if hi > self.num_sorted:
-                return None
+            return Place(node, record.lo, record.hi, depth, record)
+        lo, count = node >> 26, (node >> 20 & 63) + 1
+        return Place(node, lo, lo + count, depth, None) if lo + count <= self.num_sorted else None
+
+    def _place(self, node: int) -> Place | None:
+        """The place of a node, None for what is no node."""
+        place = self._decode(node)
+        if place is None:
+            return None
+        _, lo, hi, depth, _ = place
         # Exactly the keys that share the first `depth` symbols.
         whole = (
             self._share(lo, hi - 1, depth)
             and not (lo > 0 and self._share(lo - 1, lo, depth))
             and not (hi < self.num_sorted and self._share(lo, hi, depth))
         )
-        return (lo, hi, depth, record) if whole else None
+        return place if whole else None
 
-    def _children(self, node: int) -> tuple[list[int], Callable[[int], int]]:
+    def _child(self, place: Place | None, token: int) -> int:
+        symbol = token
+        if self._table:
+            symbol = bisect_left(self._table, token)
+            if symbol == len(self._table) or self._table[symbol] != token:
+                return -1
+        if place is None:
+            return -1
+        record = place.record
+        if record is not None and record.branch_depth == place.depth:
+            table, _ = self._tables(record)
+            end = min(record.first_child + record.num_children, len(table))
+            j = bisect_left(table, symbol, min(record.first_child, end), end)
+            return self._table_child(record, j - record.first_child) if j < end and table[j] == symbol else -1
+        symbols, child = self._children(place)
+        return child(symbols.index(symbol)) if symbol in symbols else -1
+
+    def _children(self, place: Place | None) -> tuple[list[int], Callable[[int], int]]:
         """The symbols of the children, and the function that gives the j-th one."""
-        place = self._place(node)
-        if place is None or place[2] == MAX_DEPTH:
+        if place is None or place.depth == MAX_DEPTH:
             return [], int
-        lo, hi, depth, record = place
+        node, lo, hi, depth, record = place
         if record is None:
             begins = []
             for i in range(lo, hi):
@@ -240,12 +253,12 @@ class TrieReader:
             symbols = [self._text[self._start(lo) + depth]] if self._length(lo) > depth else []
             return symbols, lambda j: node + 1
         first = record.first_child
-        symbols = self._tables(lo, hi)[0][first : first + record.num_children].tolist()
+        symbols = self._tables(record)[0][first : first + record.num_children].tolist()
         return symbols, lambda j: self._table_child(record, j)
 
     def _table_child(self, record: Record, j: int) -> int:
         """The j-th child of a record, at its branch depth."""
-        begins, first, depth = self._tables(record.lo, record.hi)[1], record.first_child + j, record.branch_depth + 1
+        begins, first, depth = self._tables(record)[1], record.first_child + j, record.branch_depth + 1
         begin = record.lo + begins[first]
         last = j + 1 == record.num_children or first + 1 == len(begins)
         end = record.hi if last else record.lo + begins[first + 1]
@@ -265,8 +278,8 @@ class TrieReader:
         _, _, _, end, _, _ = _RECORD_FIELDS.unpack_from(self._records, (number + 1) * size)
         return Record(*fields, min(end, self._num_records))
 
-    def _tables(self, lo: int, hi: int) -> tuple[memoryview, memoryview]:
-        if hi - lo <= NARROW_KEYS:
+    def _tables(self, record: Record) -> tuple[memoryview, memoryview]:
+        if record.hi - record.lo <= NARROW_KEYS:
             return self._narrow_symbols, self._narrow_begins
         return self._wide_symbols, self._wide_begins
 

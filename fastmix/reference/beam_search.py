@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from itertools import chain
 
 import torch
@@ -33,12 +34,9 @@ def trie_beam_step(
     token = nodes.new_full((batch, num_candidates), -1)
     node = nodes.new_full((batch, num_candidates), -1)
     for b in range(batch):
-        found = [
-            _candidates(readers[b if len(readers) > 1 else 0], int(nodes[b, k]), eos_token_ids)
-            if totals[b, k] > _NONE
-            else ([], [])
-            for k in range(beams)
-        ]
+        reader = readers[b if len(readers) > 1 else 0]
+        of_node = functools.cache(functools.partial(_candidates, reader, eos_token_ids=tuple(eos_token_ids)))
+        found = [of_node(int(nodes[b, k])) if totals[b, k] > _NONE else ([], []) for k in range(beams)]
         of_beams = [
             _scores(values[b, k], totals[b, k], found[k][0], normalize, candidate_bias, (b, k)) for k in range(beams)
         ]
@@ -58,7 +56,7 @@ def trie_beam_step(
     return scores, beam_index, token, node
 
 
-def _candidates(reader: TrieReader, node: int, eos_token_ids: list[int]) -> tuple[list[int], list[int]]:
+def _candidates(reader: TrieReader, node: int, eos_token_ids: tuple[int, ...]) -> tuple[list[int], list[int]]:
     """Tokens, ascending, and the nodes they lead to: the children, and −1 for each EOS where a key ends."""
     tokens, children = reader.children(node)
     if not reader.ends(node):

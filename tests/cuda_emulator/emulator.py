@@ -30,11 +30,9 @@ A100 = (166912, 167936)
 STORAGE = {"float32": np.float32, "bfloat16": np.uint16, "float16": np.float16}
 
 
-def build(sanitize: bool = False) -> Path:
-    """Compiles the library unless one of the same sources is there."""
-    sources = sorted(
-        [*HERE.rglob("*.h"), HERE / "emulator.cpp", *ROOT.glob("csrc/c*/*.h"), *ROOT.glob("csrc/cuda/*.cuh")]
-    )
+def build(sanitize: bool = False, source: str = "emulator.cpp") -> Path:
+    """Compiles the library of one source file here, unless one of the same sources is there."""
+    sources = sorted([*HERE.rglob("*.h"), HERE / source, *ROOT.glob("csrc/c*/*.h"), *ROOT.glob("csrc/cuda/*.cuh")])
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:16]
     library = ROOT / "build" / "cuda_emulator" / f"{'sanitized_' if sanitize else ''}{digest}.so"
     if not library.exists():
@@ -43,7 +41,7 @@ def build(sanitize: bool = False) -> Path:
         flags = [*FLAGS, *(["-O0", *SANITIZE] if sanitize else ["-O1"])]
         includes = [f"-I{HERE}", f"-I{ROOT / 'csrc'}"]
         done = subprocess.run(
-            [compiler(), *flags, *includes, str(HERE / "emulator.cpp"), "-o", str(partial)],
+            [compiler(), *flags, *includes, str(HERE / source), "-o", str(partial)],
             capture_output=True,
             text=True,
         )
