@@ -2,6 +2,7 @@
 // of node k, and the EOS tokens where a key ends; the best N by (score, beam, token). A thread owns some beams of a
 // sample: per beam one pass over the logits for the log-sum-exp, one over the children against the N-th best score so
 // far. Sums in float64 over blocks. Nothing of the size of the vocabulary is written.
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/library.h>
 
 #include <atomic>
@@ -24,6 +25,7 @@ enum Normalize : int64_t { kNone, kVocabulary, kAllowed };
 // Logits, some 120 µs of work, for which waking a sleeping thread pays.
 constexpr int64_t kGrainLogits = 262144;
 constexpr int64_t kPartsPerThread = 4;
+constexpr int64_t kManySlots = 8;  // of a table per part of the vocabulary, for which looking for the parts' slots pays
 
 struct Bias {
   const float* data = nullptr;
@@ -42,43 +44,50 @@ struct Step {
   int64_t logit_strides[2];
 };
 
-// Reads values of a beam's candidates from a row of logits (or of the bias): slots first, then EOS tokens.
+template <typename Symbol>
+const Symbol* table_symbols(const TrieView& trie, const TriePlace& p) {
+  return reinterpret_cast<const Symbol*>(trie.table_symbols(p.record)) + p.record.first_child;
+}
+
+// Values, from a row of logits or of the bias, of the tokens of a table's slots begin … end − 1.
 template <typename T, typename Symbol>
-void gather_table(const TrieView& trie, const TriePlace& p, const T* row, int64_t width, int64_t stride, float* out) {
-  const auto* symbols = reinterpret_cast<const Symbol*>(trie.table_symbols(p.record)) + p.record.first_child;
+void gather_table(const TrieView& trie, const TriePlace& p, const T* row, int64_t width, int64_t stride, int64_t begin,
+                  int64_t end, float* out) {
+  const auto* symbols = table_symbols<Symbol>(trie, p);
   const auto value = [&](uint32_t token) {
     return token < width ? static_cast<float>(row[token * stride]) : -kInfinity;
   };
-  if (trie.num_used != 0) {
-    for (uint32_t j = 0; j < p.slots; ++j) out[j] = value(trie.token(symbols[j]));
-    return;
-  }
-  uint32_t j = 0;
-  for (; stride == 1 && j + kLanes <= p.slots; j += kLanes) {
+  int64_t j = begin;
+  for (; trie.num_used == 0 && stride == 1 && j + kLanes <= end; j += kLanes, out += kLanes) {
     const uint32_t first = symbols[j], last = symbols[j + kLanes - 1];
     if (last - first == kLanes - 1 && last < width) {  // distinct and ascending, so without gaps
-      store(out + j, load(row + first));
+      store(out, load(row + first));
     } else {
-      for (int lane = 0; lane < kLanes; ++lane) out[j + lane] = value(symbols[j + lane]);
+      for (int lane = 0; lane < kLanes; ++lane) out[lane] = value(symbols[j + lane]);
     }
   }
-  for (; j < p.slots; ++j) out[j] = value(symbols[j]);
+  for (; j < end; ++j) *out++ = value(trie.token(symbols[j]));
 }
 
+// The same of any node's candidates: its slots, and behind them the EOS tokens.
 template <typename T>
-void gather(const TrieView& trie, const TriePlace& p, const Step& step, const T* row, int64_t stride, float* out) {
+void gather(const TrieView& trie, const TriePlace& p, const Step& step, const T* row, int64_t stride, int64_t begin,
+            int64_t end, float* out) {
+  const int64_t slots = std::min<int64_t>(end, p.slots);
   if (p.has_table()) {
-    trie.symbol_bytes == 2 ? gather_table<T, uint16_t>(trie, p, row, step.width, stride, out)
-                           : gather_table<T, uint32_t>(trie, p, row, step.width, stride, out);
+    trie.symbol_bytes == 2 ? gather_table<T, uint16_t>(trie, p, row, step.width, stride, begin, slots, out)
+                           : gather_table<T, uint32_t>(trie, p, row, step.width, stride, begin, slots, out);
+    out += std::max<int64_t>(slots - begin, 0);
   } else {
-    for (uint32_t j = 0; j < p.slots; ++j) {
+    for (int64_t j = begin; j < slots; ++j) {
       uint32_t symbol = 0;
-      const uint32_t token = trie.slot(p, j, symbol) ? trie.token(symbol) : UINT32_MAX;
-      out[j] = token < step.width ? static_cast<float>(row[token * stride]) : -kInfinity;
+      const uint32_t token = trie.slot(p, static_cast<uint32_t>(j), symbol) ? trie.token(symbol) : UINT32_MAX;
+      *out++ = token < step.width ? static_cast<float>(row[token * stride]) : -kInfinity;
     }
   }
-  if (!p.ends) return;
-  for (size_t e = 0; e < step.eos.size(); ++e) out[p.slots + e] = static_cast<float>(row[step.eos[e] * stride]);
+  for (int64_t e = std::max<int64_t>(begin, p.slots); e < end; ++e) {
+    *out++ = static_cast<float>(row[step.eos[e - p.slots] * stride]);
+  }
 }
 
 uint32_t candidate_token(const TrieView& trie, const TriePlace& p, const Step& step, int64_t i) {
@@ -88,45 +97,109 @@ uint32_t candidate_token(const TrieView& trie, const TriePlace& p, const Step& s
   return trie.token(symbol);
 }
 
+// The slot of a table from which on tokens are at least `token`; `from` if it is one.
+template <typename Symbol>
+int64_t first_slot(const TrieView& trie, const TriePlace& p, int64_t from, int64_t token) {
+  const auto* symbols = table_symbols<Symbol>(trie, p);
+  return std::lower_bound(symbols + from, symbols + p.slots, token,
+                          [&](Symbol symbol, int64_t least) { return trie.token(symbol) < least; }) -
+         symbols;
+}
+
+// One beam that is alive and has candidates.
+template <typename T>
+struct Beam {
+  const TrieView& trie;
+  const Step& step;
+  const TriePlace& place;
+  const T* row;
+  const float* bias;  // its row, or null
+  int64_t k, candidates;
+  float total, log_sum;
+  float *values, *biases, *maxima;  // working memory
+  BestCandidates& best;
+
+  void add() {
+    LogSumExp sum;
+    const bool by_vocabulary = step.normalize == kVocabulary;
+    if (by_vocabulary) sum.add(row, step.width, maxima);
+    if (step.normalize == kAllowed) {
+      gather(trie, place, step, row, 1, 0, candidates, values);
+      sum.add(values, candidates, nullptr);
+    }
+    log_sum = step.normalize == kNone ? 0.0f : sum.value();
+    const bool bounded = by_vocabulary && !bias;  // by the largest logits
+    if (bounded && !reaches(sum.max)) return;
+    if (bounded && place.has_table() && place.slots >= kManySlots * parts()) {
+      trie.symbol_bytes == 2 ? add_parts<uint16_t>() : add_parts<uint32_t>();
+      add_range(place.slots, candidates);
+    } else {
+      add_range(0, candidates);
+    }
+  }
+
+  int64_t parts() const { return (step.width + LogSumExp::kPart - 1) / LogSumExp::kPart; }
+
+  // Whether a token of that logit could be among the best.
+  bool reaches(float logit) const { return !(total + (logit - log_sum) < best.threshold()); }
+
+  // Slots of those parts of the vocabulary whose largest logit reaches the threshold.
+  template <typename Symbol>
+  void add_parts() {
+    int64_t slot = 0;
+    for (int64_t part = 0; part < parts();) {
+      if (!reaches(maxima[part])) {
+        ++part;
+        continue;
+      }
+      int64_t end = part + 1;
+      while (end < parts() && reaches(maxima[end])) ++end;
+      const int64_t begin = first_slot<Symbol>(trie, place, slot, part * LogSumExp::kPart);
+      slot = first_slot<Symbol>(trie, place, begin, end * LogSumExp::kPart);
+      add_range(begin, slot);
+      part = end;
+    }
+  }
+
+  void add_range(int64_t begin, int64_t end) {
+    const int64_t count = end - begin, padded = (count + kLanes - 1) / kLanes * kLanes;
+    gather(trie, place, step, row, 1, begin, end, values);
+    std::fill(values + count, values + padded, -kInfinity);
+    if (bias) {
+      gather(trie, place, step, bias, step.bias.strides[2], begin, end, biases);
+      std::fill(biases + count, biases + padded, 0.0f);
+    }
+    for (int64_t i = 0; i < count; i += kLanes) {
+      Vec scores = (load(values + i) - log_sum) + total;
+      if (bias) scores += load(biases + i);
+      for (uint32_t lanes = lanes_where(scores >= best.threshold()); lanes != 0; lanes &= lanes - 1) {
+        const int lane = __builtin_ctz(lanes);
+        const int64_t slot = begin + i + lane;
+        if (scores[lane] < best.threshold()) continue;  // which may have risen since
+        best.add({scores[lane], static_cast<uint32_t>(k), candidate_token(trie, place, step, slot),
+                  slot < place.slots ? static_cast<int32_t>(slot) : -1});
+      }
+    }
+  }
+};
+
 // Adds the candidates of beam k; false if there is no memory.
 template <typename T>
 bool add_beam(const TrieView& trie, const Step& step, const T* logits, int64_t b, int64_t k, BestCandidates& best) {
   const float total = step.totals[b * step.beams + k];
-  TriePlace p;
-  if (!(total > -kInfinity) || !trie.place(step.nodes[b * step.beams + k], p)) return true;
-  const int64_t count = p.slots + (p.ends ? static_cast<int64_t>(step.eos.size()) : 0);
-  if (count == 0) return true;
+  TriePlace place;
+  if (!(total > -kInfinity) || !trie.place(step.nodes[b * step.beams + k], place)) return true;
+  const int64_t candidates = place.slots + (place.ends ? static_cast<int64_t>(step.eos.size()) : 0);
+  if (candidates == 0) return true;
+  const int64_t padded = (candidates + kLanes - 1) / kLanes * kLanes;
+  float* memory = thread_scratch<float>(2 * padded + step.width / LogSumExp::kPart + 1);
+  if (!memory) return false;
   const T* row = logits + b * step.logit_strides[0] + k * step.logit_strides[1];
-  LogSumExp sum;
-  if (step.normalize == kVocabulary) {
-    sum.add(row, step.width);
-    // No child can be better than the largest logit.
-    if (!step.bias.data && total + (sum.max - sum.value()) < best.threshold()) return true;
-  }
-  const int64_t padded = (count + kLanes - 1) / kLanes * kLanes;
-  float* values = thread_scratch<float>(2 * padded);
-  if (!values) return false;
-  float* biases = values + padded;
-  std::fill(values + count, values + padded, -kInfinity);
-  gather(trie, p, step, row, 1, values);
-  if (step.bias.data) {
-    std::fill(biases + count, biases + padded, 0.0f);
-    gather(trie, p, step, step.bias.data + b * step.bias.strides[0] + k * step.bias.strides[1], step.bias.strides[2],
-           biases);
-  }
-  if (step.normalize == kAllowed) sum.add(values, count);
-  const float log_sum = step.normalize == kNone ? 0.0f : sum.value();
-  for (int64_t i = 0; i < count; i += kLanes) {
-    Vec scores = (load(values + i) - log_sum) + total;
-    if (step.bias.data) scores += load(biases + i);
-    for (uint32_t lanes = lanes_where(scores >= best.threshold()); lanes != 0; lanes &= lanes - 1) {
-      const int lane = __builtin_ctz(lanes);
-      const int64_t slot = i + lane;
-      if (scores[lane] < best.threshold()) continue;  // which may have risen since
-      best.add({scores[lane], static_cast<uint32_t>(k), candidate_token(trie, p, step, slot),
-                slot < p.slots ? static_cast<int32_t>(slot) : -1});
-    }
-  }
+  const Bias& bias = step.bias;
+  const float* bias_row = bias.data ? bias.data + b * bias.strides[0] + k * bias.strides[1] : nullptr;
+  Beam<T>{trie, step, place, row, bias_row, k, candidates, total, 0.0f, memory, memory + padded, memory + 2 * padded,
+          best}
+      .add();
   return true;
 }
 
@@ -198,6 +271,14 @@ void beam_step(const Step& step, const T* logits, const Output& out) {
   }
 }
 
+// Without the dispatcher, which looks its ops up by name: four of them would cost more than a small step.
+Tensor empty_matrix(int64_t rows, int64_t columns, int32_t dtype) {
+  const int64_t sizes[] = {rows, columns}, strides[] = {columns, 1};
+  AtenTensorHandle handle;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(2, sizes, strides, dtype, aoti_torch_device_type_cpu(), 0, &handle));
+  return Tensor(handle);
+}
+
 void check_rows(const char* name, const Tensor& tensor, const Tensor& logits) {
   FASTMIX_CHECK(tensor.dim() == 2 && tensor.size(0) == logits.size(0) && tensor.size(1) == logits.size(1), name,
                 " must be [B, K] = [", logits.size(0), ", ", logits.size(1), "]");
@@ -235,9 +316,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> trie_beam_step_cpu(const Tensor& logi
   const Tensor totals =
       as_it_is ? beam_scores : torch::stable::contiguous(torch::stable::to(beam_scores, ScalarType::Float));
   const Tensor places = nodes.is_contiguous() ? nodes : torch::stable::contiguous(nodes);
-  Tensor scores = torch::stable::new_empty(totals, {batch, num_candidates});
-  Tensor beam_index = torch::stable::new_empty(places, {batch, num_candidates});
-  Tensor token = torch::stable::empty_like(beam_index), node = torch::stable::empty_like(beam_index);
+  Tensor scores = empty_matrix(batch, num_candidates, aoti_torch_dtype_float32());
+  Tensor beam_index = empty_matrix(batch, num_candidates, aoti_torch_dtype_int64());
+  Tensor token = empty_matrix(batch, num_candidates, aoti_torch_dtype_int64());
+  Tensor node = empty_matrix(batch, num_candidates, aoti_torch_dtype_int64());
   Step step{batch,
             beams,
             width,

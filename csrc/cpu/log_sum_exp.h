@@ -33,24 +33,43 @@ inline float horizontal_max(Vec v) {
 }
 
 struct LogSumExp {
+  static constexpr int64_t kPart = 256;
+
   float max = -kInfinity;  // NaN may be missed here, never in the value
   double sum = 0;          // Σ exp(x − max)
 
   float value() const { return sum == 0 ? -kInfinity : static_cast<float>(max + std::log(sum)); }
 
+  // Also leaves the largest value of every kPart ones in `maxima`, unless null.
   template <typename T>
-  void add(const T* row, int64_t count) {
-    constexpr int64_t kBlock = 1024;
-    for (int64_t begin = 0; begin < count; begin += kBlock) add_block(row + begin, std::min(kBlock, count - begin));
+  void add(const T* row, int64_t count, float* maxima) {
+    constexpr int64_t kBlock = 4 * kPart;
+    for (int64_t begin = 0; begin < count; begin += kBlock) {
+      const int64_t end = std::min(begin + kBlock, count);
+      float largest = -kInfinity;
+      for (int64_t part = begin; part < end; part += kPart) {
+        const float of_part = part_max(row + part, std::min(kPart, end - part));
+        largest = std::max(largest, of_part);
+        if (maxima) *maxima++ = of_part;
+      }
+      add_block(row + begin, end - begin, largest);
+    }
   }
 
  private:
+  // The values behind the last whole vector; what it lacks counts as −inf.
   template <typename T>
-  void add_block(const T* row, int64_t count) {
+  static Vec last_vector(const T* row, int64_t count) {
     const int64_t whole = count / kLanes * kLanes;
-    // What a short last vector lacks counts as −inf.
     Vec rest = Vec{} - kInfinity;
     for (int64_t i = whole; i < count; ++i) rest[i - whole] = static_cast<float>(row[i]);
+    return rest;
+  }
+
+  template <typename T>
+  static float part_max(const T* row, int64_t count) {
+    const int64_t whole = count / kLanes * kLanes;
+    const Vec rest = last_vector(row, count);
     Vec best[4] = {rest, rest, rest, rest};
     int64_t i = 0;
     for (; i + 4 * kLanes <= whole; i += 4 * kLanes) {
@@ -63,8 +82,12 @@ struct LogSumExp {
       const Vec x = load(row + i);
       best[0] = x > best[0] ? x : best[0];
     }
-    float largest = -kInfinity;
-    for (const Vec& lanes : best) largest = std::max(largest, horizontal_max(lanes));
+    for (int j = 1; j < 4; ++j) best[0] = best[j] > best[0] ? best[j] : best[0];
+    return horizontal_max(best[0]);
+  }
+
+  template <typename T>
+  void add_block(const T* row, int64_t count, float largest) {
     if (largest > max) {
       sum *= std::exp(static_cast<double>(max) - largest);
       max = largest;
@@ -73,8 +96,10 @@ struct LogSumExp {
     const float base = max == -kInfinity ? 0.0f : max;
     constexpr float kLog2e = 1.44269504f;
     const auto term = [base](Vec x) { return exp2_nonpositive((x - base) * kLog2e); };
-    Vec sums[4] = {count > whole ? term(rest) : Vec{}, Vec{}, Vec{}, Vec{}};
-    for (i = 0; i + 4 * kLanes <= whole; i += 4 * kLanes) {
+    const int64_t whole = count / kLanes * kLanes;
+    Vec sums[4] = {count > whole ? term(last_vector(row, count)) : Vec{}, Vec{}, Vec{}, Vec{}};
+    int64_t i = 0;
+    for (; i + 4 * kLanes <= whole; i += 4 * kLanes) {
       for (int j = 0; j < 4; ++j) sums[j] += term(load(row + i + j * kLanes));
     }
     for (; i < whole; i += kLanes) sums[0] += term(load(row + i));
