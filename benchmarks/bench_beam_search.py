@@ -50,7 +50,7 @@ def cases(device: str) -> list[BenchCase]:
     ]
 
 
-# --- a step ---
+# A step
 
 
 def _step(setting: Setting, depth: int, dtype: torch.dtype, device: str, full_only: bool = False) -> BenchCase:
@@ -66,6 +66,8 @@ def _step(setting: Setting, depth: int, dtype: torch.dtype, device: str, full_on
     peers = trie_peers.step_peers(setting, depth)
     if dtype != torch.float32:
         peers += (Provider("fastmix, float32 logits", _with_float32_logits, yardstick=True),)
+    if device == "cuda":
+        peers += (Provider("fastmix, replay of a CUDA graph", _replayed, yardstick=True),)
     # Logits are read once. exp(x) in float32 takes some 18 operations (reduction of the range, a polynomial of degree
     # 6, the exponent), the maximum and the sum two more; walks and the selection are left out.
     return BenchCase(
@@ -83,12 +85,27 @@ def _with_float32_logits(logits: Tensor, **inputs) -> Tensor:
     return fastmix.trie_beam_step(_float32(logits), **inputs).scores
 
 
+def _replayed(**inputs) -> Tensor:
+    graph, scores = _captured(**inputs)
+    graph.replay()
+    return scores
+
+
+@functools.lru_cache(maxsize=1)
+def _captured(**inputs) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+    fastmix.trie_beam_step(**inputs)  # loads the kernels
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step = fastmix.trie_beam_step(**inputs)
+    return graph, step.scores
+
+
 @functools.lru_cache(maxsize=1)
 def _float32(logits: Tensor) -> Tensor:
     return logits.float()
 
 
-# --- a whole search ---
+# A whole search
 
 
 def _search(setting: Setting, device: str) -> BenchCase:
@@ -137,7 +154,7 @@ def _gpt2(dtype: torch.dtype, device: torch.device):
     return GPT2LMHeadModel(config).eval().to(device, dtype)
 
 
-# --- the index ---
+# The index
 
 
 def _build(count: int) -> BenchCase:

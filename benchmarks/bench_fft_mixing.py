@@ -42,7 +42,7 @@ def models(device: str, full: bool) -> list[ModelCase]:
     return [ModelCase("fft_mixing", label, functools.partial(_fnet, layers, batch, device), missing("transformers"))]
 
 
-# --- fourier_mixing ---
+# fourier_mixing
 
 
 def _fourier_mixing(shape: tuple[int, int, int], dtype: torch.dtype, device: str) -> BenchCase:
@@ -137,7 +137,7 @@ def _fourier_peers(s: int, h: int, device: str) -> tuple[Provider, ...]:
     )
 
 
-# --- global_filter ---
+# global_filter
 
 
 def _global_filter(shape: tuple[int, int, int, int], dtype: torch.dtype) -> BenchCase:
@@ -173,7 +173,7 @@ _FILTER_PEERS = (
 )
 
 
-# --- FNet ---
+# FNet
 
 
 def _fnet(layers: int, batch: int, device: str):

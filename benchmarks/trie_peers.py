@@ -18,7 +18,7 @@ from fastmix.benchmarks.harness import Provider
 from fastmix.benchmarks.peers import missing
 from fastmix.benchmarks.trie_data import EOS, Setting
 
-# --- a step ---
+# A step
 
 
 def step_peers(setting: Setting, depth: int) -> tuple[Provider, ...]:
@@ -117,7 +117,7 @@ def _unconstrained(logits, beam_scores, nodes, trie, *, num_candidates, eos_toke
     return torch.topk(scores.view(len(logits), -1), num_candidates)
 
 
-# --- the index ---
+# The index
 
 
 @functools.cache

@@ -94,3 +94,10 @@ def assert_kernel():
 def needs_kernels():
     if _library.missing_reason is not None:
         pytest.skip(f"no compiled kernels: {_library.missing_reason}")
+
+
+@pytest.fixture
+def needs_cuda_kernels():
+    if not _library.cuda_loaded:
+        assert os.environ.get("FASTMIX_CUDA") != "1", "the CUDA kernels were asked for and are not there"
+        pytest.skip("built without CUDA kernels")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import threading
 
 import pytest
@@ -78,10 +77,7 @@ def test_case(case, dtype, recorded, assert_kernel):
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_case_on_a_gpu(case, dtype, recorded, assert_kernel):
-    if not _library.cuda_loaded:
-        assert os.environ.get("FASTMIX_CUDA") != "1", "the CUDA kernels were asked for and are not there"
-        pytest.skip("built without CUDA kernels")
+def test_case_on_a_gpu(case, dtype, recorded, assert_kernel, needs_cuda_kernels):
     with recorded() as ops:
         check_case(case, dtype, "cuda")
     assert_kernel(ops, "trie_beam_step", dtype, "cuda")
@@ -91,7 +87,7 @@ def test_case_on_a_gpu(case, dtype, recorded, assert_kernel):
 
 
 @pytest.mark.gpu
-def test_in_a_cuda_graph():
+def test_in_a_cuda_graph(needs_cuda_kernels):
     """Nothing waits for the device: a captured step answers for whatever its inputs hold later."""
     trie = _trie(3000, 500).to("cuda")
     logits, scores = torch.empty(2, 5, 500, device="cuda"), torch.zeros(2, 5, device="cuda")

@@ -276,7 +276,7 @@ def test_cases_are_distinct():
     assert [bench.dtype_name for bench in cases if bench.headline] == ["float32", "bfloat16"] * 2
 
 
-# --- the report ---
+# the report
 
 
 def record(provider, median, mode=FORWARD, case="square 4x8", **changes):

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import os
-
 import pytest
 import torch
 
 import fastmix
-from fastmix import _library
 from fastmix import nn as fnn
 from fastmix.reference import fft_mixing as reference
 from fastmix.testing.cases import check_case
@@ -56,10 +53,7 @@ def test_case(case, dtype, recorded, assert_kernel):
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_case_on_a_gpu(case, dtype, recorded, assert_kernel):
-    if not _library.cuda_loaded:
-        assert os.environ.get("FASTMIX_CUDA") != "1", "the CUDA kernels were asked for and are not there"
-        pytest.skip("built without CUDA kernels")
+def test_case_on_a_gpu(case, dtype, recorded, assert_kernel, needs_cuda_kernels):
     with recorded() as ops:
         check_case(case, dtype, "cuda")
     assert_kernel(ops, case.function.__name__, dtype, "cuda")
