@@ -212,9 +212,12 @@ def test_a_build_reports_progress_and_stops_at_an_exception(monkeypatch):
     assert time.perf_counter() - start < 20
 
 
+# Behind a shell's & SIGINT is ignored, and Python leaves it so.
 INTERRUPTED = """
+import signal
 import numpy as np
 from fastmix import Trie
+signal.signal(signal.SIGINT, signal.default_int_handler)
 rows = np.random.default_rng(0).integers(0, 2048, (4_000_000, 8), dtype=np.uint16)
 try:
     Trie.from_sequences(rows, progress=lambda share: print("building", flush=True))

@@ -160,10 +160,13 @@ def test_other_mistakes_are_named(fastmix, lines, out, tmp_path):
         assert not out.exists()
 
 
-# Says when the build has begun: the bar is moved while it goes on.
+# Says when the build has begun: the bar is moved while it goes on. Behind a shell's & SIGINT is ignored, and Python
+# leaves it so.
 LOUD = """
-import sys
+import signal, sys
 from fastmix import _trie_cli, cli
+
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 class Bar(_trie_cli.tqdm):
     def update(self, n=1):

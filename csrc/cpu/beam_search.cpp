@@ -232,7 +232,8 @@ void beam_step(const Step& step, const T* logits, const Output& out) {
   int64_t parts = threads == 1 ? 1 : (kPartsPerThread * threads + step.batch - 1) / step.batch;
   parts = std::max<int64_t>(1, std::min({parts, step.beams, step.beams * row_work / kGrainLogits + 1}));
   const int64_t beams_per_part = (step.beams + parts - 1) / parts, room = BestCandidates::room(n);
-  const int64_t grain = std::max<int64_t>(1, kGrainLogits / std::max<int64_t>(1, beams_per_part * row_work));
+  const int64_t part_work = std::max<int64_t>(1, beams_per_part * row_work);
+  const int64_t grain = (kGrainLogits + part_work - 1) / part_work;
   const auto memory = allocate<Candidate>(step.batch * parts * room);
   const auto counts = allocate<int64_t>(step.batch * parts);
   FASTMIX_CHECK(memory && counts, "trie_beam_step: no memory for ", step.batch * parts * room, " candidates");
