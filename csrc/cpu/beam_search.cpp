@@ -176,8 +176,9 @@ struct Beam {
         const int lane = __builtin_ctz(lanes);
         const int64_t slot = begin + i + lane;
         if (scores[lane] < best.threshold()) continue;  // which may have risen since
-        best.add({scores[lane], static_cast<uint32_t>(k), candidate_token(trie, place, step, slot),
-                  slot < place.slots ? static_cast<int32_t>(slot) : -1});
+        const uint32_t token = candidate_token(trie, place, step, slot);
+        if (token >= step.width) continue;  // damaged bytes
+        best.add({scores[lane], static_cast<uint32_t>(k), token, slot < place.slots ? static_cast<int32_t>(slot) : -1});
       }
     }
   }
