@@ -273,6 +273,7 @@ GOOD = {
         (ValueError, "num_candidates must be a positive int, got 2.0", {"num_candidates": 2.0}),
         (ValueError, r"eos_token_id must be in 0..V−1 = 0..9, got 10", {"eos_token_id": 10}),
         (ValueError, r"eos_token_id must be in 0..V−1 = 0..9, got \[3, -1\]", {"eos_token_id": [3, -1]}),
+        (TypeError, "eos_token_id must be an int or a list of ints, got NoneType", {"eos_token_id": None}),
         (ValueError, "at most 16 tokens, got 17", {"logits": torch.zeros(2, 3, 30), "eos_token_id": range(17)}),
         (ValueError, "normalize must be one of None, 'vocab', 'allowed', got 'all'", {"normalize": "all"}),
         (ValueError, "at least the trie's vocabulary of 9, got V = 8", {"logits": torch.zeros(2, 3, 8)}),

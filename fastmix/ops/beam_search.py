@@ -139,6 +139,8 @@ def trie_beam_step(
 
 def eos_token_ids(eos_token_id: int | Sequence[int], width: int) -> list[int]:
     """The distinct EOS tokens, ascending, checked against the width of the logits."""
+    if not isinstance(eos_token_id, int) and not hasattr(eos_token_id, "__iter__"):
+        raise TypeError(f"eos_token_id must be an int or a list of ints, got {type(eos_token_id).__name__}")
     eos = [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id)
     if not all(isinstance(token, int) and 0 <= token < width for token in eos):
         raise ValueError(f"eos_token_id must be in 0..V−1 = 0..{width - 1}, got {eos_token_id!r}")
