@@ -27,6 +27,8 @@ using Vec = float __attribute__((vector_size(kLanes * sizeof(float))));
 using UVec = uint32_t __attribute__((vector_size(kLanes * sizeof(uint32_t))));
 using HVec = uint16_t __attribute__((vector_size(kLanes * sizeof(uint16_t))));
 
+inline Vec splat(float value) { return Vec{} + value; }
+
 inline Vec load(const float* p) {
   Vec v;
   std::memcpy(&v, p, sizeof(v));
@@ -124,13 +126,16 @@ using LaneSequence = std::make_integer_sequence<int, kLanes>;
 
 inline Vec reverse(Vec v) { return detail::reverse(v, LaneSequence{}); }
 
+// low, high ← even[0], odd[0], even[1], odd[1], …
+inline void zip(Vec even, Vec odd, Vec& low, Vec& high) { detail::zip(even, odd, low, high, LaneSequence{}); }
+
 // a, b ← the even and the odd elements of p[0 : 2·kLanes], and back.
 inline void load_pairs(const float* p, Vec& a, Vec& b) {
   detail::unzip(load(p), load(p + kLanes), a, b, LaneSequence{});
 }
 inline void store_pairs(float* p, Vec a, Vec b) {
   Vec low, high;
-  detail::zip(a, b, low, high, LaneSequence{});
+  zip(a, b, low, high);
   store(p, low);
   store(p + kLanes, high);
 }

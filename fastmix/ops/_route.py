@@ -54,14 +54,26 @@ def kernel_answers(op: str, x: Tensor) -> bool:
     )
 
 
+def needs_gradient(*arguments: object) -> bool:
+    return torch.is_grad_enabled() and any(isinstance(arg, Tensor) and arg.requires_grad for arg in arguments)
+
+
 def call(op: torch._ops.OpOverload, *args):
     """op(*args), below autograd where nothing needs a gradient: its Python layer is more than half of a call's cost."""
-    if torch.compiler.is_compiling() or (
-        torch.is_grad_enabled() and any(isinstance(arg, Tensor) and arg.requires_grad for arg in args)
-    ):
+    if torch.compiler.is_compiling() or needs_gradient(*args):
         return op(*args)
     with torch._C._AutoDispatchBelowAutograd():
         return op(*args)
+
+
+def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """The tensors in the autocast dtype of the first one's device, where autocast is on: for ops that it casts."""
+    device = tensors[0].device.type
+    if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    castable = (torch.float32, torch.bfloat16, torch.float16)
+    return tuple(t.to(dtype) if isinstance(t, Tensor) and t.dtype in castable else t for t in tensors)
 
 
 def data_is_visible(x: Tensor) -> bool:
@@ -88,19 +100,39 @@ def _warn_once() -> None:
 
 
 def differentiate_backward(op_bwd: str, reference: Callable[..., Tensor], num_inputs: int) -> None:
-    """Gives the backward op `fastmix::op_bwd(grad_output, *inputs)` its own gradient, from the reference.
+    """Gives the backward op `fastmix::op_bwd(grad_output, *inputs, …)` its own gradient, from the reference.
 
-    The backward of `reference(*inputs)` is its vector-Jacobian product; differentiating that, as often as asked,
-    is double backward. Slower than a kernel, and the same code for every op.
+    The backward of `reference(*inputs, *options)` is its vector-Jacobian product; differentiating that, as often as
+    asked, is double backward. Slower than a kernel, and the same code for every op. The first num_inputs inputs are
+    tensors or None, and the op returns a gradient for each (of any size where the input is None or needs none); of what
+    follows, tensors are the forward's to keep, and the rest are the reference's options.
     """
-
-    def reference_bwd(grad_output: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
-        return torch.func.vjp(reference, *inputs)[1](grad_output)
 
     def setup_context(ctx, inputs, output):
         ctx.save_for_backward(*inputs[: num_inputs + 1])
+        ctx.options = [value for value in inputs[num_inputs + 1 :] if not isinstance(value, Tensor)]
+        ctx.num_others = len(inputs) - num_inputs - 1
+        ctx.set_materialize_grads(False)
 
     def backward(ctx, *grads):
-        return torch.func.vjp(reference_bwd, *ctx.saved_tensors)[1](grads)
+        grad_output, *inputs = ctx.saved_tensors
+        given = [i for i, value in enumerate(inputs) if value is not None]
+
+        def of_given(*values: Tensor) -> Tensor:
+            arguments = dict(zip(given, values, strict=True))
+            return reference(*map(arguments.get, range(num_inputs)), *ctx.options)
+
+        def reference_bwd(grad_output: Tensor, *values: Tensor) -> tuple[Tensor, ...]:
+            return torch.func.vjp(of_given, *values)[1](grad_output)
+
+        values = [inputs[i] for i in given]
+        asked = [grads[i] for i in given]
+        cotangents = tuple(
+            torch.zeros_like(value) if grad is None or grad.shape != value.shape else grad
+            for value, grad in zip(values, asked, strict=True)
+        )
+        grad_grad_output, *found = torch.func.vjp(reference_bwd, grad_output, *values)[1](cotangents)
+        result = dict(zip(given, found, strict=True))
+        return grad_grad_output, *map(result.get, range(num_inputs)), *[None] * ctx.num_others
 
     torch.library.register_autograd(f"fastmix::{op_bwd}", backward, setup_context=setup_context)
