@@ -16,7 +16,7 @@ SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 BUILT := build/.built$(subst /,_,$(VENV))
 CUDA_ARCHS := 80 90 100
 TORCH_INCLUDE = $(shell $(PYTHON) -c "import os, torch; print(os.path.join(os.path.dirname(torch.__file__), 'include'))")
-PYTEST = $(PYTHON) -m pytest
+PYTEST = $(PYTHON) -m pytest $(if $(VENV),--numprocesses $(or $(PYTEST_PROCESSES),2) --dist worksteal)
 
 .PHONY: bench test build lint format cuda-check gpu-check wheel clean \
         test-triton test-default test-avx2 test-pure test-sanitized test-wheel

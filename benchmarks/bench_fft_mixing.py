@@ -180,7 +180,7 @@ def _fnet(layers: int, batch: int, device: str):
     from transformers import FNetConfig, FNetForMaskedLM
     from transformers.models.fnet.modeling_fnet import FNetBasicFourierTransform
 
-    from fastmix.benchmarks.models import Model
+    from fastmix.benchmarks.models import Model, Part
     from fastmix.integrations.transformers import accelerate, restore
 
     torch.manual_seed(0)
@@ -189,9 +189,8 @@ def _fnet(layers: int, batch: int, device: str):
     tokens = torch.randint(0, config.vocab_size, (batch, 512), device=device)
     mixing = [module for module in model.modules() if isinstance(module, FNetBasicFourierTransform)]
     return Model(
-        forward=lambda: model(input_ids=tokens).logits,
-        layers=mixing,
-        inputs=torch.randn(len(mixing), batch, 512, config.hidden_size, device=device),
+        run=lambda: model(input_ids=tokens).logits,
+        parts=[Part(module, torch.randn(batch, 512, config.hidden_size, device=device)) for module in mixing],
         accelerate=lambda: accelerate(model),
         restore=lambda: restore(model),
     )

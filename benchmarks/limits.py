@@ -1,4 +1,4 @@
-"""What the machine itself can do, measured in the same run: the rate of a large copy and of a large matrix product."""
+"""What the machine itself can do, measured in the same run: the rates of a copy, a matrix product and an exp."""
 
 from __future__ import annotations
 
@@ -11,14 +11,19 @@ import torch
 
 @dataclass(frozen=True)
 class Limits:
-    """copy_gbps counts bytes read plus bytes written, product_gflops 2·n³ floating-point operations."""
+    """copy_gbps counts bytes read plus bytes written, product_gflops 2·n³ floating-point operations.
+
+    exp_gops counts exponentials of float32 in the cache; None on a GPU, which computes them beside its products.
+    """
 
     copy_gbps: float
     product_gflops: float
+    exp_gops: float | None = None
 
-    def milliseconds(self, moved_bytes: int, flops: int) -> float:
-        """The least time in which this machine moves so many bytes and does so many operations."""
-        return 1e3 * max(moved_bytes / (self.copy_gbps * 1e9), flops / (self.product_gflops * 1e9))
+    def milliseconds(self, moved_bytes: int, flops: int, exps: int = 0) -> float:
+        """The least time in which this machine moves so many bytes and does so many operations and exponentials."""
+        computing = flops / self.product_gflops + (exps / self.exp_gops if self.exp_gops else 0)
+        return 1e-6 * max(moved_bytes / self.copy_gbps, computing)
 
 
 def timer(device: str) -> Callable[[Callable[[], object]], float]:
@@ -67,7 +72,20 @@ def measure_limits(device: str, dtype: torch.dtype) -> Limits:
         product_ms = _best(time_once, lambda: a @ a)
     finally:
         torch.set_float32_matmul_precision(precision)
-    return Limits(2 * source.nbytes / copy_ms / 1e6, 2 * size**3 / product_ms / 1e6)
+    exp_gops = None if on_gpu else _exp_gops(time_once)
+    return Limits(2 * source.nbytes / copy_ms / 1e6, 2 * size**3 / product_ms / 1e6, exp_gops)
+
+
+def _exp_gops(time_once: Callable[[Callable[[], object]], float]) -> float:
+    """Of numbers that stay in the cache, many times over, since one pass is too short to time."""
+    x, passes = torch.linspace(-4, 4, 1 << 17), 32
+    y = torch.empty_like(x)
+
+    def repeat():
+        for _ in range(passes):
+            torch.exp(x, out=y)
+
+    return passes * x.numel() / _best(time_once, repeat) / 1e6
 
 
 def _best(time_once: Callable[[Callable[[], object]], float], call: Callable[[], object]) -> float:

@@ -10,11 +10,13 @@ import torch
 from torch import Tensor
 
 from fastmix.benchmarks.harness import Provider
+from fastmix.benchmarks.torchvision_ops import define_torchvision_ops
 
 
 @functools.cache
 def missing(package: str) -> str | None:
     """Why a package can't be imported, or None. A broken one is as good as none."""
+    define_torchvision_ops()
     try:
         importlib.import_module(package)
     except ModuleNotFoundError as error:

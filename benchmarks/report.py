@@ -20,8 +20,8 @@ _SHORT = {FORWARD: "fwd", BOTH: "fwd+bwd"}
 READING = (
     "× best peer: the best peer's median time over ours, above 1 is faster; “even” where the ranges from the 20th to "
     "the 80th percentile overlap. × limit: the least time in which this machine, as measured in the same run, could "
-    "move the bytes and do the operations, over ours; 1 can't be beaten unless the data stay in the cache. "
-    "A yardstick does something else than the case, and is no peer."
+    "move the bytes and do the operations and exponentials, over ours; 1 can't be beaten unless the data stay in the "
+    "cache. A yardstick does something else than the case, and is no peer."
 )
 
 
@@ -148,6 +148,7 @@ def _how(document: dict[str, Any]) -> str:
     limits = "; ".join(
         f"{_threads(entry)}, {entry['dtype']}: copy {entry['copy_gbps']:.4g} GB/s, "
         f"matrix product {entry['product_gflops']:.4g} GFLOP/s"
+        + (f", exp {entry['exp_gops']:.3g} G/s" if entry.get("exp_gops") else "")
         for entry in document["limits"]
     )
     answers = ", ".join(f"{op}: {answer}{f' ({why})' if why else ''}" for op, _, answer, why in document["answers"])

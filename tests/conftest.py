@@ -18,6 +18,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastmix import _library
+from fastmix.benchmarks.torchvision_ops import define_torchvision_ops
 from fastmix.ops import _route
 
 
@@ -25,6 +26,7 @@ def pytest_configure(config):
     # Uninitialised memory becomes NaN, also what C++ allocates: an element that nobody wrote shows.
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True
+    define_torchvision_ops()
 
 
 def pytest_report_header(config):

@@ -15,7 +15,6 @@ from fastmix.benchmarks import (
     bench_fft_mixing,
     harness,
     memory,
-    models,
     provenance,
     report,
     run,
@@ -211,42 +210,6 @@ def test_source_digest_follows_includes(monkeypatch, tmp_path):
     (tmp_path / "csrc/common/b.h").write_text("changed")
     assert provenance.source_digest("op", "cpu") != before
     assert provenance.revision() == ""  # no clone
-
-
-def test_model_bound(monkeypatch):
-    """Layers of 20 of 100 ms become twice as fast alone, so at most 1/0.9; in the model they save 5 of the 10 ms."""
-    state = SimpleNamespace(fast=False, alone=True, now=0.0)
-
-    class Layer(torch.nn.Module):
-        def forward(self, x):
-            state.now += (10.0 if state.alone else 15.0) if state.fast else 20.0
-            return x
-
-    def forward():
-        state.alone = False
-        layer(torch.ones(3))
-        state.alone = True
-        state.now += 80.0
-        return torch.ones(3)
-
-    layer = Layer()
-    model = models.Model(
-        forward=forward,
-        layers=[layer],
-        inputs=[torch.ones(3)],
-        accelerate=lambda: setattr(state, "fast", True),
-        restore=lambda: setattr(state, "fast", False),
-    )
-    monkeypatch.setattr(models, "clock", lambda device: lambda: state.now)
-    figures = models.measure_model(model, "cpu", rounds=5)
-    assert figures["share"] == pytest.approx(0.2)
-    assert figures["layer_ratio"] == pytest.approx(2)
-    assert figures["bound"] == pytest.approx(1 / 0.9)
-    assert figures["speedup"] == pytest.approx(100 / 95)
-    assert figures["part_of_bound"] == pytest.approx(0.5)
-    changing = dataclasses.replace(model, forward=lambda: torch.full((3,), 2.0 if state.fast else 1.0))
-    with pytest.raises(AssertionError, match=r"output changes by 100\.0%"):
-        models.measure_model(changing, "cpu", rounds=5)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")

@@ -13,7 +13,10 @@ pytest.importorskip("triton")
 SCRIPT = Path(__file__).with_name("triton_compile.py")
 SHARED_BYTES = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
 MATRIX = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
-WITHOUT_PRODUCTS = {"fourier_mixing_fold_kernel"}
+WITHOUT_PRODUCTS = {"fourier_mixing_fold_kernel"} | {
+    f"token_conv_{part}_kernel" for part in ("shared", "shared_dkernel", "shared_sum", "dynamic", "dynamic_dkernel")
+}
+WITHOUT_PRODUCTS |= {f"token_{part}_kernel" for part in ("statistics", "norm", "norm_bwd", "pack", "factor_bwd")}
 
 
 @pytest.mark.parametrize("target", [80, 90, 100])

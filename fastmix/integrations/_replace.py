@@ -7,7 +7,9 @@ stays replaced, and restoring needs no bookkeeping: the class is all that differ
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import importlib
+import importlib.util
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch import nn
@@ -17,18 +19,24 @@ def no_obstacle(module: nn.Module) -> str | None:
     return None
 
 
+def every_module(module: nn.Module) -> bool:
+    return True
+
+
 @dataclass(frozen=True)
 class Replacement:
     """Modules of exactly the class `original` become `accelerated`.
 
     accelerated is a subclass of original, in a module of its own file's top level (so that it pickles), without
-    further state. obstacle(module) says why a module of this class can't be replaced, or None.
+    further state. obstacle(module) says why a module of this class can't be replaced, or None. Modules of which
+    concerns(module) is false do another job under the same class, and are passed over.
     """
 
     original: type[nn.Module]
     accelerated: type[nn.Module]
     what: str
     obstacle: Callable[[nn.Module], str | None] = no_obstacle
+    concerns: Callable[[nn.Module], bool] = every_module
 
     def __str__(self) -> str:
         return f"{self.original.__name__} → {self.what}"
@@ -54,6 +62,16 @@ class Report:
         if self.kept:
             parts.append(_table(f"left alone, {_count(self.kept)}:", self.kept))
         return "\n".join(parts)
+
+
+def load_replacements(integration: str, peers: Mapping[str, str]) -> tuple[Replacement, ...]:
+    """The REPLACEMENTS of an integration's private modules whose peer is installed; peers is module → import name."""
+    installed = [module for module, peer in peers.items() if importlib.util.find_spec(peer)]
+    if not installed:
+        names = " or ".join(peers.values())
+        raise ImportError(f"fastmix.integrations.{integration} needs {names}: pip install fastmix[{integration}]")
+    modules = [importlib.import_module(f"fastmix.integrations.{name}") for name in installed]
+    return tuple(replacement for module in modules for replacement in module.REPLACEMENTS)
 
 
 def replace(model: nn.Module, replacements: Sequence[Replacement], peer: str) -> Report:
@@ -87,7 +105,7 @@ def _candidates(model: nn.Module, replacements: Sequence[Replacement]) -> Iterat
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     for name, module in model.named_modules(remove_duplicate=False):
         for replacement in replacements:
-            if isinstance(module, replacement.original):
+            if isinstance(module, replacement.original) and replacement.concerns(module):
                 yield name, module, replacement
 
 

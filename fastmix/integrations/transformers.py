@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor, nn
 
 from fastmix.generation import Trie
-from fastmix.integrations._replace import Replacement, Report, put_back, replace
+from fastmix.integrations._replace import Replacement, Report, load_replacements, put_back, replace
 from fastmix.integrations._trie_processor import TrieLogitsProcessor
 
 if TYPE_CHECKING:
@@ -107,12 +107,4 @@ def generate_with_trie(
 
 
 def _replacements() -> tuple[Replacement, ...]:
-    try:
-        from fastmix.integrations import _fnet
-    except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] != "transformers":
-            raise
-        raise ImportError(
-            "fastmix.integrations.transformers needs transformers: pip install fastmix[transformers]"
-        ) from error
-    return _fnet.REPLACEMENTS
+    return load_replacements("transformers", {"_fnet": "transformers"})

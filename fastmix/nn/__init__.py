@@ -1,5 +1,59 @@
-"""Modules and models built on the ops."""
+"""Modules and models built on the ops.
 
+Image models take [B, in_chans, H, W] and give logits, encoders and blocks take and give [B, S, C]. All work with
+autocast, ``torch.compile(fullgraph=True)``, ``with torch.device(…)`` and ``.to(…)``.
+"""
+
+from fastmix.nn._layers import Affine, DropPath
+from fastmix.nn.encoder import Encoder, ImageModel, PreNormBlock
+from fastmix.nn.external_attention import EAMLP, ExternalAttention
+from fastmix.nn.feed_forward_stack import FeedForwardBlock, FeedForwardStack
 from fastmix.nn.fft_mixing import FourierMixing, GlobalFilter
+from fastmix.nn.fnet import FNet, FNetBlock, LinearMixing, fnet_base, fnet_large
+from fastmix.nn.gfnet import GFNet, GFNetBlock
+from fastmix.nn.gmlp import GMLP, GMLPBlock, SpatialGatingUnit, gmlp_b16, gmlp_s16, gmlp_ti16
+from fastmix.nn.mixer import MixerBlock, MLPMixer, mixer_b16, mixer_l16, mixer_s16
+from fastmix.nn.resmlp import ResMLP, ResMLPBlock, resmlp_12, resmlp_24, resmlp_36
+from fastmix.nn.synthesizer import Synthesizer, SynthesizerEncoder
+from fastmix.nn.token_conv import TokenConv, TokenConvEncoder
 
-__all__ = ["FourierMixing", "GlobalFilter"]
+__all__ = [
+    "EAMLP",
+    "GMLP",
+    "Affine",
+    "DropPath",
+    "Encoder",
+    "ExternalAttention",
+    "FNet",
+    "FNetBlock",
+    "FeedForwardBlock",
+    "FeedForwardStack",
+    "FourierMixing",
+    "GFNet",
+    "GFNetBlock",
+    "GMLPBlock",
+    "GlobalFilter",
+    "ImageModel",
+    "LinearMixing",
+    "MLPMixer",
+    "MixerBlock",
+    "PreNormBlock",
+    "ResMLP",
+    "ResMLPBlock",
+    "SpatialGatingUnit",
+    "Synthesizer",
+    "SynthesizerEncoder",
+    "TokenConv",
+    "TokenConvEncoder",
+    "fnet_base",
+    "fnet_large",
+    "gmlp_b16",
+    "gmlp_s16",
+    "gmlp_ti16",
+    "mixer_b16",
+    "mixer_l16",
+    "mixer_s16",
+    "resmlp_12",
+    "resmlp_24",
+    "resmlp_36",
+]

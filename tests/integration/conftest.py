@@ -1,7 +1,10 @@
-"""Models, keys and the plain-Python oracle of the tests that decode under a trie inside transformers."""
+"""What several tests share: the check of a model before and after `accelerate`; and models, keys and the plain-Python
+oracle of those that decode under a trie inside transformers."""
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import unicodedata
 from bisect import bisect_left
 from types import SimpleNamespace
@@ -10,6 +13,7 @@ import pytest
 import torch
 
 from fastmix import Trie
+from fastmix.testing.parity import GRADIENT_FACTOR, check_parity
 
 PAD, EOS, EOS_2, START = 0, 1, 2, 3
 FIRST = 4  # the smallest token of a key
@@ -101,3 +105,37 @@ def _models(build):
         return model
 
     return model
+
+
+@pytest.fixture
+def check_accelerated(recorded):
+    """check_accelerated(integration, model, *inputs): accelerates the model in place, compares values and gradients,
+    with the same random state, and returns the fastmix ops that it called."""
+
+    def check(integration, model, *inputs, context=contextlib.nullcontext):
+        exact = copy.deepcopy(model).double()
+        oracle = _values_and_gradients(exact, [x.double() if x.is_floating_point() else x for x in inputs])
+        with context():
+            plain = _values_and_gradients(model, inputs)
+            integration.accelerate(model)
+            with recorded() as ops:
+                fast = _values_and_gradients(model, inputs)
+        assert fast.keys() == plain.keys() == oracle.keys()
+        for name, value in fast.items():
+            of_output = name == "output"
+            options = {"independent": 1} if of_output else {"factor": GRADIENT_FACTOR}
+            check_parity(name, value, plain[name], oracle[name], **options)
+        return ops
+
+    return check
+
+
+def _values_and_gradients(model, inputs) -> dict[str, torch.Tensor]:
+    leaves = {str(i): x.detach().requires_grad_() for i, x in enumerate(inputs) if x.is_floating_point()}
+    leaves |= dict(model.named_parameters())
+    torch.manual_seed(0)
+    output = model(*(leaves.get(str(i), x) for i, x in enumerate(inputs)))
+    draw = torch.randn(output.shape, generator=torch.Generator().manual_seed(1)).bfloat16()
+    grads = torch.autograd.grad(output, list(leaves.values()), draw.to(output.dtype), allow_unused=True)
+    gradients = {name: grad for name, grad in zip(leaves, grads, strict=True) if grad is not None}
+    return {"output": output.detach(), **gradients}

@@ -1,0 +1,49 @@
+"""Packages that the benchmarks compare with: imported if they can be, and named if not."""
+
+from __future__ import annotations
+
+import importlib.util
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from fastmix.benchmarks import peers
+from fastmix.benchmarks.torchvision_ops import define_torchvision_ops
+
+
+@pytest.mark.parametrize("package", ["timm", "transformers"])
+def test_packages_beside_another_torchvision(package):
+    """Both import torchvision, whose library may be of a PyTorch with CUDA."""
+    if importlib.util.find_spec(package) is None:
+        pytest.skip(f"{package} is not installed")
+    code = f"""
+from fastmix.benchmarks.peers import missing
+assert missing({package!r}) is None, missing({package!r})
+if {package!r} == "transformers":
+    from transformers import FNetForMaskedLM
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_torchvision_that_loads_defines_its_operators_itself(monkeypatch):
+    monkeypatch.setattr(torch.ops, "load_library", lambda path: None)
+    if importlib.util.find_spec("torchvision") is None:
+        pytest.skip("torchvision is not installed")
+    assert define_torchvision_ops.__wrapped__() is None
+
+
+def test_no_torchvision(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert define_torchvision_ops.__wrapped__() is None
+
+
+def test_reasons(monkeypatch, tmp_path):
+    (tmp_path / "broken_peer.py").write_text("import absent_part")
+    (tmp_path / "failing_peer.py").write_text("raise RuntimeError('of another version')")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert peers.missing("torch") is None
+    assert peers.missing("absent_peer") == "absent_peer is not installed"
+    assert peers.missing("broken_peer") == "broken_peer can't be imported: No module named 'absent_part'"
+    assert peers.missing("failing_peer") == "failing_peer can't be imported: of another version"
