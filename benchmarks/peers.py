@@ -31,6 +31,8 @@ def compiled(name: str, function: Callable[..., Tensor]) -> Provider:
 
     @functools.cache
     def compile_once() -> Callable[..., Tensor]:
+        # Dynamo counts a function's graphs for all cases together, and beyond a few runs it uncompiled.
+        torch.compiler.reset()
         return torch.compile(function, dynamic=False)
 
     return Provider(f"torch.compile({name})", lambda **inputs: compile_once()(**inputs), full_only=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -47,3 +48,20 @@ def test_reasons(monkeypatch, tmp_path):
     assert peers.missing("absent_peer") == "absent_peer is not installed"
     assert peers.missing("broken_peer") == "broken_peer can't be imported: No module named 'absent_part'"
     assert peers.missing("failing_peer") == "failing_peer can't be imported: of another version"
+
+
+def test_every_case_is_compiled(monkeypatch):
+    """Dynamo gives up after some graphs of one function, and a peer of that name would run uncompiled."""
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    def double(x):
+        return 2 * x
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+    for rows in range(2, 14):
+        peers.compiled("double", double).function(x=torch.ones(rows, 3))
+    assert len(graphs) == 12

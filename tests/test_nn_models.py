@@ -9,6 +9,7 @@ import re
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from fastmix import _library, nn
 from fastmix.ops import _route
@@ -133,6 +134,24 @@ def test_reference_and_kernels_agree(name, monkeypatch):
     monkeypatch.setattr(_route, "kernels", dict.fromkeys(_route.kernels, frozenset()))
     monkeypatch.setattr(_library, "missing_reason", None)  # no warning
     check_parity(name, output, model(x), oracle, independent=1, factor=FORWARD_FACTOR)
+
+
+@pytest.mark.parametrize("name", IMAGE_MODELS)
+def test_what_surrounds_the_blocks(name):
+    """Patches, positions and class token before them; norm, class token or mean, and classifier behind."""
+    model, x = _draw_parameters(_make(name)), _input(name)
+    stem = model.stem if hasattr(model, "stem") else model.patch_embed
+    tokens = F.conv2d(x, stem.proj.weight, stem.proj.bias, stride=4).flatten(2).mT
+    with_class_token = isinstance(model, nn.FeedForwardStack)
+    if with_class_token:
+        tokens = torch.cat([model.cls_token.expand(3, 1, 24), tokens], dim=1)
+    if hasattr(model, "pos_embed"):
+        tokens = tokens + model.pos_embed
+    for block in model.blocks:
+        tokens = block(tokens)
+    tokens = model.norm(tokens)
+    pooled = tokens[:, 0] if with_class_token else tokens.mean(dim=1)
+    torch.testing.assert_close(model(x), model.head(pooled))
 
 
 def test_patches_go_row_by_row():

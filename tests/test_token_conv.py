@@ -106,14 +106,14 @@ def test_a_causal_output_sees_no_later_token(kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_is_not_finite_stays_in_its_receptive_field(kind, value):
     """A register tile holds eight tokens or taps, whose fields differ."""
-    x, kernel, *_ = _inputs(kind, shape=(2, 90, 6), taps=5).values()
+    x, kernel, *_ = _inputs(kind, shape=(2, 90, 8), taps=5).values()
     x[1, 40, 1] = value
     y = fastmix.token_conv(x, kernel, kind=kind)
     reached = torch.zeros_like(y, dtype=torch.bool)
     reached[1, 38:43, 1] = True
     assert torch.equal(~y.isfinite(), reached)
-    function, x, kernel = _tensors(kind, shape=(2, 90, 6), taps=5)
-    grad_output = torch.ones(2, 90, 6)
+    function, x, kernel = _tensors(kind, shape=(2, 90, 8), taps=5)
+    grad_output = torch.ones(2, 90, 8)
     grad_output[1, 40, 1] = value
     dx, dkernel = torch.autograd.grad(function(x, kernel), (x, kernel), grad_output)
     assert torch.equal(~dx.isfinite(), reached)

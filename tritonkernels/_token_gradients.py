@@ -205,11 +205,11 @@ def token_weight_grad_kernel(
 _TL_DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 
 
-def gradient_blocks(rows: int, columns: int, channels: int, operand: torch.dtype) -> tuple[int, int, int]:
-    """(BLOCK_M, BLOCK_N, BLOCK_K) for dW [rows, columns], summed over the channels."""
+def gradient_blocks(rows: int, columns: int, channels: int, operand: torch.dtype, norm: int) -> tuple[int, int, int]:
+    """(BLOCK_M, BLOCK_N, BLOCK_K) for dW [rows, columns], summed over the channels; a norm takes registers."""
     largest, deepest = (64, 32) if operand == torch.float32 else (128, 64)
-    blocks = (power_of_two(rows, 16, largest), power_of_two(columns, 16, largest))
-    return *blocks, power_of_two(channels, 16, deepest)
+    widest = largest if norm == NO_NORM.value else 64
+    return power_of_two(rows, 16, largest), power_of_two(columns, 16, widest), power_of_two(channels, 16, deepest)
 
 
 def weight_grad(dz: Tensor, u: Normalised, *, heads: int = 1, operand: torch.dtype, tf32: str) -> Tensor:
@@ -217,7 +217,8 @@ def weight_grad(dz: Tensor, u: Normalised, *, heads: int = 1, operand: torch.dty
     batch, m, c = dz.shape
     n = u.x.shape[1]
     channels = c // heads
-    block_m, block_n, block_k = gradient_blocks(m, n, channels, operand)
+    u = u.for_rows(m)
+    block_m, block_n, block_k = gradient_blocks(m, n, channels, operand, u.norm)
     tiles = heads * triton.cdiv(m, block_m) * triton.cdiv(n, block_n)
     steps = batch * triton.cdiv(channels, block_k)
     steps_per_split = max(1, triton.cdiv(steps, max(1, _PROGRAMS // tiles)))
@@ -226,8 +227,8 @@ def weight_grad(dz: Tensor, u: Normalised, *, heads: int = 1, operand: torch.dty
     launch(
         token_weight_grad_kernel,
         splits * tiles,
-        {"num_warps": 8 if block_m * block_n >= 128 * 128 else 4, "num_stages": 3},
-        **u.for_rows(m).arguments,
+        {"num_warps": 8 if block_m * block_n >= 128 * 64 else 4, "num_stages": 3},
+        **u.arguments,
         dz_ptr=dz,
         partial_ptr=partial,
         M=m,

@@ -191,7 +191,7 @@ def _with_heads(weight: Tensor) -> Tensor:
 
 def compile_cases(target: int) -> list[dict[str, object]]:
     """Launches of representative shapes on sm_<target>, for tests/triton_compile.py; `main` are the measured ones."""
-    return _mlp_cases() + _linear_cases()
+    return _mlp_cases() + _linear_cases(target)
 
 
 def _mlp_cases() -> list[dict[str, object]]:
@@ -216,7 +216,7 @@ def _mlp_cases() -> list[dict[str, object]]:
     return cases
 
 
-def _linear_cases() -> list[dict[str, object]]:
+def _linear_cases(target: int) -> list[dict[str, object]]:
     cases = []
     for label, batch, s, c, heads, dtype, norm, options in (
         ("gMLP", 256, 196, 768, 1, torch.bfloat16, LAYER.value, {"gate"}),
@@ -237,5 +237,6 @@ def _linear_cases() -> list[dict[str, object]]:
         main = dtype == torch.bfloat16
         cases += noted_launches(label, main, token_linear, *tensors, residual, *numbers, True)
         if main:
+            main = target == 90  # on sm_80 8 bytes of a weight's gradient do not fit into registers
             cases += noted_launches(label, main, token_linear_bwd, x, *tensors, saved, *numbers, True, True)
     return cases

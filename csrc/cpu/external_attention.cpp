@@ -90,24 +90,16 @@ Head<T> head(const Tensor& tensor, const ExternalAttention& shape, int64_t pair)
   return {data + pair / shape.heads * tensor.stride(0) + pair % shape.heads * shape.d, tensor.stride(1)};
 }
 
-using Packed = std::unique_ptr<float[], Free>;
-
-// mk or mv [M, d] as the right operand of a product with tokens.
+// groups ← mk or mv [M, d] as the right operand of a product with tokens.
 template <typename T>
-Packed by_token(const Tensor& memory, const ExternalAttention& shape) {
-  Packed groups = allocate<float>(groups_size(shape.m, shape.d));
-  FASTMIX_CHECK(groups, "external_attention: no memory for ", shape.m, " slots");
-  pack_columns(static_cast<const T*>(memory.data_ptr()), shape.d, shape.d, shape.m, groups.get());
-  return groups;
+void pack_by_token(const Tensor& memory, const ExternalAttention& shape, float* groups) {
+  pack_columns(static_cast<const T*>(memory.data_ptr()), shape.d, shape.d, shape.m, groups);
 }
 
 // The same of a product with rows along the memory.
 template <typename T>
-Packed by_slot(const Tensor& memory, const ExternalAttention& shape) {
-  Packed groups = allocate<float>(groups_size(shape.d, shape.m));
-  FASTMIX_CHECK(groups, "external_attention: no memory for ", shape.m, " slots");
-  pack_groups(static_cast<const T*>(memory.data_ptr()), shape.d, shape.m, shape.d, groups.get());
-  return groups;
+void pack_by_slot(const Tensor& memory, const ExternalAttention& shape, float* groups) {
+  pack_groups(static_cast<const T*>(memory.data_ptr()), shape.d, shape.m, shape.d, groups);
 }
 
 ExternalAttention check(const Tensor& x, const Tensor& mk, const Tensor& mv, int64_t heads) {
@@ -133,9 +125,14 @@ std::tuple<Tensor, Tensor> external_attention_cpu(const Tensor& x, const Tensor&
   if (output.numel() == 0) return {output, saved};
   const int64_t chunks = shape.chunks(), width = shape.width(), head_size = shape.s * width;
   auto* kept = save ? static_cast<float*>(saved.data_ptr()) : nullptr;
+  const Workspace workspace(groups_size(shape.m, shape.d) + groups_size(shape.d, shape.m));
+  FASTMIX_CHECK(workspace.data(), "external_attention: no memory for ", shape.m, " slots");
+  float* const packed_keys = workspace.data();
+  float* const packed_values = packed_keys + groups_size(shape.m, shape.d);
   for_dtype("x", x, [&](auto zero) {
     using T = decltype(zero);
-    const Packed packed_keys = by_token<T>(keys, shape), packed_values = by_slot<T>(values, shape);
+    pack_by_token<T>(keys, shape, packed_keys);
+    pack_by_slot<T>(values, shape, packed_values);
     // A head's buffer: maxima and sums of each chunk, and the softmax if it is not kept.
     const int64_t floats = 2 * chunks * width + (save ? 0 : head_size);
     const auto softmax = [&](int64_t pair, float* buffer, int64_t chunk) {
@@ -144,12 +141,12 @@ std::tuple<Tensor, Tensor> external_attention_cpu(const Tensor& x, const Tensor&
     run<T>(
         shape, {shape.pairs(), chunks}, floats, 4.0 * shape.s * shape.m * shape.d,
         [&](int64_t pair, int64_t chunk, float* buffer, const HeadWorker<T>& worker) {
-          worker.exponentials(head<const T>(input, shape, pair), chunk, packed_keys.get(), softmax(pair, buffer, chunk),
+          worker.exponentials(head<const T>(input, shape, pair), chunk, packed_keys, softmax(pair, buffer, chunk),
                               buffer + chunk * width, buffer + (chunks + chunk) * width);
         },
         [&](int64_t, float* buffer, const HeadWorker<T>& worker) { worker.factors(buffer, buffer + chunks * width); },
         [&](int64_t pair, int64_t chunk, float* buffer, const HeadWorker<T>& worker) {
-          worker.output(head<T>(output, shape, pair), chunk, packed_values.get(), buffer + chunk * width,
+          worker.output(head<T>(output, shape, pair), chunk, packed_values, buffer + chunk * width,
                         softmax(pair, buffer, chunk));
         });
   });
@@ -201,19 +198,23 @@ std::tuple<Tensor, Tensor, Tensor> external_attention_bwd_cpu(const Tensor& grad
   const Cut cut = cut_backward(shape);
   const int64_t chunks = shape.chunks(), width = shape.width(), head_size = shape.s * width;
   const int64_t parts = cut.groups * cut.pieces, part_size = shape.m * shape.size();
-  const auto sums = allocate<float>(2 * parts * part_size);
-  FASTMIX_CHECK(sums, "external_attention: no memory for ", 2 * parts, " x ", part_size, " float32");
+  const Workspace workspace(2 * parts * part_size + groups_size(shape.m, shape.d) + groups_size(shape.d, shape.m));
+  FASTMIX_CHECK(workspace.data(), "external_attention: no memory for ", 2 * parts, " x ", part_size, " float32");
+  float* const sums = workspace.data();
+  float* const packed_values = sums + 2 * parts * part_size;
+  float* const packed_keys = packed_values + groups_size(shape.m, shape.d);
   const auto* softmax = static_cast<const float*>(saved.data_ptr());
   for_dtype("x", x, [&](auto zero) {
     using T = decltype(zero);
-    const Packed packed_keys = by_slot<T>(keys, shape), packed_values = by_token<T>(values, shape);
+    pack_by_slot<T>(keys, shape, packed_keys);
+    pack_by_token<T>(values, shape, packed_values);
     // body(chunk, sums, whether these have been begun) for the chunks of a piece
     const auto for_chunks = [&](int64_t pair, int64_t piece, const auto& body) {
       // The group g with g·pairs/groups <= pair < (g + 1)·pairs/groups.
       const int64_t group = ((pair + 1) * cut.groups - 1) / shape.pairs();
       const int64_t first = piece * chunks / cut.pieces, last = (piece + 1) * chunks / cut.pieces;
       const bool begun = pair > group * shape.pairs() / cut.groups;
-      float* const part = sums.get() + 2 * (group * cut.pieces + piece) * part_size;
+      float* const part = sums + 2 * (group * cut.pieces + piece) * part_size;
       for (int64_t chunk = first; chunk < last; ++chunk) body(chunk, part, begun || chunk > first);
     };
     // A head's buffer: Σ dP·P of each chunk and of all, and dP.
@@ -223,7 +224,7 @@ std::tuple<Tensor, Tensor, Tensor> external_attention_bwd_cpu(const Tensor& grad
         [&](int64_t pair, int64_t piece, float* buffer, const HeadWorker<T>& worker) {
           for_chunks(pair, piece, [&](int64_t chunk, float* part, bool begun) {
             const int64_t first = shape.first_row(chunk) * width;
-            worker.gradient_of_softmax(head<const T>(grad, shape, pair), chunk, packed_values.get(),
+            worker.gradient_of_softmax(head<const T>(grad, shape, pair), chunk, packed_values,
                                        softmax + pair * head_size + first, buffer + dots + first,
                                        buffer + chunk * width, part + part_size, begun);
           });
@@ -238,13 +239,13 @@ std::tuple<Tensor, Tensor, Tensor> external_attention_bwd_cpu(const Tensor& grad
         [&](int64_t pair, int64_t piece, float* buffer, const HeadWorker<T>& worker) {
           for_chunks(pair, piece, [&](int64_t chunk, float* part, bool begun) {
             const int64_t first = shape.first_row(chunk) * width;
-            worker.gradient_of_tokens(head<const T>(input, shape, pair), head<T>(dx, shape, pair), chunk,
-                                      packed_keys.get(), softmax + pair * head_size + first, buffer + chunks * width,
+            worker.gradient_of_tokens(head<const T>(input, shape, pair), head<T>(dx, shape, pair), chunk, packed_keys,
+                                      softmax + pair * head_size + first, buffer + chunks * width,
                                       buffer + dots + first, part, begun);
           });
         });
-    sum_parts(sums.get(), parts, 2 * part_size, shape, static_cast<T*>(dmk.data_ptr()));
-    sum_parts(sums.get() + part_size, parts, 2 * part_size, shape, static_cast<T*>(dmv.data_ptr()));
+    sum_parts(sums, parts, 2 * part_size, shape, static_cast<T*>(dmk.data_ptr()));
+    sum_parts(sums + part_size, parts, 2 * part_size, shape, static_cast<T*>(dmv.data_ptr()));
   });
   return {dx, dmk, dmv};
 }

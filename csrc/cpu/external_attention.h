@@ -128,7 +128,7 @@ struct HeadWorker {
       float* const row = dp + i * width;
       Vec sum{};
       for (int64_t j = 0; j < width; j += kLanes) sum += load(row + j) * load(attention + i * width + j);
-      const float dot = sum_of_lanes(sum);
+      const float dot = horizontal_sum(sum);
       for (int64_t j = 0; j < width; j += kLanes) {
         const Vec value = (load(row + j) - dot) * inverse[i];
         store(row + j, value);
@@ -153,12 +153,6 @@ struct HeadWorker {
   }
 
  private:
-  static float sum_of_lanes(Vec v) {
-    float sum = v[0];
-    for (int i = 1; i < kLanes; ++i) sum += v[i];
-    return sum;
-  }
-
   void clear_padding(float* values, int64_t rows) const {
     for (int64_t i = 0; i < rows && shape.m < width; ++i) {
       std::fill(values + i * width + shape.m, values + (i + 1) * width, 0.0f);
@@ -171,7 +165,7 @@ struct HeadWorker {
       const float* const row = softmax + i * width;
       Vec sum{};
       for (int64_t j = 0; j < width; j += kLanes) sum += load(row + j);
-      const float total = 1e-9f + sum_of_lanes(sum);
+      const float total = 1e-9f + horizontal_sum(sum);
       inverse[i] = 1 / total;
       for (int64_t j = 0; j < width; j += kLanes) {
         // A correction, as by a division: a token that only one slot attends to has A = 1, and no gradient.

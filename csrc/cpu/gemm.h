@@ -22,8 +22,6 @@ inline constexpr int kTileColumns = kTileLanes * kTileVectors;
 // Longer sums are sums of chains: the rounding errors of one chain of float32 additions grow with its length.
 inline constexpr int64_t kChain = 128;
 
-inline int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
-
 // Element (m, k) at data[m·row_step + k·k_step].
 struct Left {
   const float* data;
@@ -43,7 +41,7 @@ namespace detail {
 using TileVec = float __attribute__((vector_size(kTileLanes * sizeof(float))));
 
 template <int rows, int vectors>
-void multiply_tile(int64_t k, Left a, Right b, float* c, int64_t stride, bool add) {
+[[gnu::always_inline]] inline void multiply_tile(int64_t k, Left a, Right b, float* c, int64_t stride, bool add) {
   TileVec sums[rows][vectors] = {};
   for (int64_t i = 0; i < k; ++i, a.data += a.k_step, b.data += b.step) {
     TileVec right[vectors];
@@ -72,9 +70,10 @@ void multiply_tile(int64_t k, Left a, Right b, float* c, int64_t stride, bool ad
 }
 
 template <int rows, int vectors>
-void multiply_chains(int64_t k, Left a, Right b, float* c, int64_t stride, bool add) {
-  const int64_t chains = std::max<int64_t>(1, (k + kChain - 1) / kChain), chain = (k + chains - 1) / chains;
-  for (int64_t done = 0; done == 0 || done < k; done += chain) {
+void multiply_chains(int64_t k, const Left& a, const Right& b, float* c, int64_t stride, bool add) {
+  if (k <= kChain) return multiply_tile<rows, vectors>(k, a, b, c, stride, add);
+  const int64_t chains = (k + kChain - 1) / kChain, chain = (k + chains - 1) / chains;
+  for (int64_t done = 0; done < k; done += chain) {
     const Left left{a.data + done * a.k_step, a.row_step, a.k_step};
     const Right right{b.data + done * b.step, b.step};
     multiply_tile<rows, vectors>(std::min(chain, k - done), left, right, c, stride, add || done > 0);
@@ -82,7 +81,10 @@ void multiply_chains(int64_t k, Left a, Right b, float* c, int64_t stride, bool 
 }
 
 template <int vectors>
-void multiply_rows(int64_t rows, int64_t k, Left a, Right b, float* c, int64_t stride, bool add) {
+void multiply_rows(int64_t rows, int64_t k, Left a, const Right& b, float* c, int64_t stride, bool add) {
+  for (; rows > kTileRows; rows -= kTileRows, a.data += kTileRows * a.row_step, c += kTileRows * stride) {
+    multiply_chains<kTileRows, vectors>(k, a, b, c, stride, add);
+  }
   switch (rows) {
     case 1:
       return multiply_chains<1, vectors>(k, a, b, c, stride, add);
@@ -97,7 +99,7 @@ void multiply_rows(int64_t rows, int64_t k, Left a, Right b, float* c, int64_t s
 
 }  // namespace detail
 
-// One tile: rows ≤ kTileRows, columns ≤ kTileColumns; b and c, its rows `stride` apart, reach to columns rounded up to
+// Any number of rows, columns ≤ kTileColumns; b and c, its rows `stride` apart, reach to columns rounded up to
 // kTileLanes.
 inline void multiply_tile(int64_t rows, int64_t columns, int64_t k, Left a, Right b, float* c, int64_t stride,
                           bool add = false) {
@@ -127,9 +129,10 @@ void for_tiles(int64_t rows, int64_t columns, const Visit& visit) {
 // All of c, if b's columns lie beside each other.
 inline void multiply(int64_t rows, int64_t columns, int64_t k, Left a, Right b, float* c, int64_t stride,
                      bool add = false) {
-  for_tiles(rows, columns, [&](int64_t row, int64_t height, int64_t column, int64_t width) {
-    multiply_tile(height, width, k, a.from(row), b.from(column), c + row * stride + column, stride, add);
-  });
+  for (int64_t column = 0; column < columns && rows > 0; column += kTileColumns) {
+    multiply_tile(rows, std::min<int64_t>(kTileColumns, columns - column), k, a, b.from(column), c + column, stride,
+                  add);
+  }
 }
 
 // Packing of a right operand into groups of kTileColumns columns, each [k, kTileColumns]

@@ -12,6 +12,8 @@ inline constexpr int kColumns = 2 * kLanes;  // real columns that one complex tr
 // Elements to transform, some 120 µs of work, for which waking a sleeping thread pays.
 inline constexpr int64_t kGrainElements = 131072;
 
+inline int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
+
 inline int64_t mirrored(int64_t index, int64_t n) { return index == 0 ? 0 : n - index; }
 
 // How many of `columns` columns lie in the first (part 0) or second (part 1) kLanes of a block.
@@ -28,6 +30,12 @@ Vec load_lanes(const T* p, int64_t count) {
 template <typename T>
 void store_lanes(T* p, Vec v, int64_t count) {
   count == kLanes ? store(p, v) : store_first(p, v, count);
+}
+
+inline float horizontal_sum(Vec v) {
+  float sum = 0;
+  for (int i = 0; i < kLanes; ++i) sum += v[i];
+  return sum;
 }
 
 // Lanes i ← p[−(start + i) mod n].

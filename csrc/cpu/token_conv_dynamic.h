@@ -48,8 +48,8 @@ void dynamic_unit(const DynamicShape& f, const Samples<const T>& x, const T* ker
                   float* window) {
   const int64_t start = f.start(unit), count = f.length(unit), stride = f.window_stride();
   const TapRange taps(f.taps, f.before, f.tokens, start, count);
-  const Tokens<const T> in = x.of(f, unit);
-  const Tokens<T> out = y.of(f, unit);
+  const Sequence<const T> in = x.of(f, unit);
+  const Sequence<T> out = y.of(f, unit);
   float* columns = window + f.windows();
   float* weights = columns + f.columns();
   const T* sample_kernel = kernel + unit / f.chunks() * f.tokens * f.heads * f.taps;
@@ -102,8 +102,8 @@ void dynamic_unit_bwd(const DynamicShape& f, const Samples<const T>& dy, const S
                       const Samples<T>& dx, T* dkernel, int64_t unit, float* window) {
   const int64_t start = f.start(unit), count = f.length(unit), stride = f.window_stride();
   const TapRange taps(f.taps, f.before, f.tokens, start, count), flipped(f.taps, f.after(), f.tokens, start, count);
-  const Tokens<const T> grad = dy.of(f, unit), in = x.of(f, unit);
-  const Tokens<T> out = dx.of(f, unit);
+  const Sequence<const T> grad = dy.of(f, unit), in = x.of(f, unit);
+  const Sequence<T> out = dx.of(f, unit);
   float* grad_window = window + f.window_rows() * stride;
   float* columns = window + f.windows();
   float* dweights = columns + f.columns();

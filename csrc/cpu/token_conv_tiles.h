@@ -12,11 +12,9 @@ inline constexpr int64_t kStride = kPanel + 16;  // floats of a window's row, so
 inline constexpr int kSums = 8;                  // sums of a register tile
 inline constexpr int kFactors = 4;               // factors that stay in registers
 
-inline int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
-
 // One sample's tokens in memory.
 template <typename T>
-struct Tokens {
+struct Sequence {
   T* data;
   int64_t stride, count;
 };
@@ -41,7 +39,7 @@ struct TapRange {
 
 // window[i] ← token first + i of the panel, 0 outside of the sequence and in the lanes beyond a group.
 template <typename T>
-void pack_window(const Tokens<const T>& x, int64_t first, int64_t rows, Panel panel, float* window, int64_t stride) {
+void pack_window(const Sequence<const T>& x, int64_t first, int64_t rows, Panel panel, float* window, int64_t stride) {
   const int64_t whole = panel.width / kLanes, rest = panel.width % kLanes;
   for (int64_t i = 0; i < rows; ++i, window += stride) {
     const int64_t token = first + i;
@@ -58,31 +56,33 @@ void pack_window(const Tokens<const T>& x, int64_t first, int64_t rows, Panel pa
   }
 }
 
-// sums[i] += Σ_{j < count} factors[j]·window[i + j] of one vector's channels, count ≤ kFactors.
+// sums[i] += Σ_{j < count} factors[j]·rows[i + j] of one vector's channels, count ≤ kFactors.
 template <int count>
-inline void add_products(Vec (&sums)[kSums], const float* factors, int64_t stride, const float* window) {
+inline void add_products(Vec (&sums)[kSums], const float* factors, int64_t stride, const float* rows,
+                         int64_t row_stride) {
   Vec factor[count];
   for (int j = 0; j < count; ++j) factor[j] = load(factors + j * stride);
 #pragma GCC unroll 16
-  for (int row = 0; row < kSums + count - 1; ++row) {
-    const Vec value = load(window + row * kStride);
+  for (int i = 0; i < kSums + count - 1; ++i) {
+    const Vec value = load(rows + i * row_stride);
 #pragma GCC unroll 16
     for (int j = 0; j < count; ++j) {
-      if (row - j >= 0 && row - j < kSums) sums[row - j] += factor[j] * value;
+      if (i - j >= 0 && i - j < kSums) sums[i - j] += factor[j] * value;
     }
   }
 }
 
 // The same for any count. Factors past the last are not multiplied by 0: a row there may be infinite.
-inline void correlate(Vec (&sums)[kSums], const float* factors, int64_t stride, const float* window, int64_t count) {
+inline void correlate(Vec (&sums)[kSums], const float* factors, int64_t stride, const float* rows, int64_t row_stride,
+                      int64_t count) {
   for (; count >= kFactors; count -= kFactors) {
-    add_products<kFactors>(sums, factors, stride, window);
+    add_products<kFactors>(sums, factors, stride, rows, row_stride);
     factors += kFactors * stride;
-    window += kFactors * kStride;
+    rows += kFactors * row_stride;
   }
-  if (count == 3) add_products<3>(sums, factors, stride, window);
-  if (count == 2) add_products<2>(sums, factors, stride, window);
-  if (count == 1) add_products<1>(sums, factors, stride, window);
+  if (count == 3) add_products<3>(sums, factors, stride, rows, row_stride);
+  if (count == 2) add_products<2>(sums, factors, stride, rows, row_stride);
+  if (count == 1) add_products<1>(sums, factors, stride, rows, row_stride);
 }
 
 // body(i, sums[i]) for i < count, in the common case without a loop: sums stay in registers.

@@ -24,12 +24,6 @@ struct Tokens {
   T* row(int64_t sample, int64_t token) const { return p + sample * sample_stride + token * stride; }
 };
 
-inline float horizontal_sum(Vec v) {
-  float sum = 0;
-  for (int i = 0; i < kLanes; ++i) sum += v[i];
-  return sum;
-}
-
 // visit(offset, lanes) for each vector of `count` elements.
 template <typename Visit>
 void for_vectors(int64_t count, const Visit& visit) {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def check_tensor(name: str, value: object) -> None:
@@ -16,7 +16,7 @@ def check_tensor(name: str, value: object) -> None:
 def check_float(name: str, value: Tensor) -> None:
     """A real floating-point tensor of a dtype that the kernels or the reference compute in."""
     check_tensor(name, value)
-    if value.dtype not in _FLOATS:
+    if value.dtype not in FLOATS:
         raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {dtype_name(value.dtype)}")
 
 

@@ -55,7 +55,10 @@ def kernel_answers(op: str, x: Tensor) -> bool:
 
 
 def needs_gradient(*arguments: object) -> bool:
-    return torch.is_grad_enabled() and any(isinstance(arg, Tensor) and arg.requires_grad for arg in arguments)
+    """Whether autograd has to know of an op with these arguments."""
+    if torch.compiler.is_compiling():  # the quick way can't be traced
+        return torch.is_grad_enabled() and any(isinstance(arg, Tensor) and arg.requires_grad for arg in arguments)
+    return torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments)
 
 
 def call(op: torch._ops.OpOverload, *args):

@@ -7,18 +7,14 @@ import math
 import torch
 from torch import Tensor
 
-_HALF = (torch.bfloat16, torch.float16)
-
-
-def _compute_dtype(x: Tensor) -> torch.dtype:
-    return torch.float32 if x.dtype in _HALF else x.dtype
+from fastmix.reference._dtypes import compute_dtype
 
 
 def fourier_mixing(x: Tensor, *, norm: str = "backward", lengths: Tensor | None = None) -> Tensor:
     """Re(F_S X F_H) over the last two dimensions; `lengths` transforms each sample's first lengths[b] tokens only."""
     if x.numel() == 0:
         return x.clone()  # torch.fft refuses an empty batch
-    real = x.to(_compute_dtype(x))
+    real = x.to(compute_dtype(x))
     if lengths is None:
         return torch.fft.fft2(real, norm=norm).real.to(x.dtype)
     inside = torch.arange(x.shape[-2], device=x.device) < lengths[..., None]  # [..., S]
@@ -49,7 +45,7 @@ def _fft_of_length(x: Tensor, lengths: Tensor, norm: str) -> Tensor:
 
 def global_filter(x: Tensor, weight: Tensor) -> Tensor:
     """irfft2(rfft2(x)·weight) over dims 1 and 2 of x [B, h, w, C], orthonormal, in x's dtype."""
-    real = x.to(_compute_dtype(x))
+    real = x.to(compute_dtype(x))
     if not weight.is_complex():
         weight = torch.view_as_complex(weight.to(real.dtype).contiguous())
     weight = weight.to(torch.complex128 if real.dtype == torch.float64 else torch.complex64)

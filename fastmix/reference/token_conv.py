@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_HALF = (torch.bfloat16, torch.float16)
+from fastmix.reference._dtypes import compute_dtype
 
 
 def token_conv(x: Tensor, kernel: Tensor, *, kind: str = "depthwise", causal: bool = False) -> Tensor:
     """y[b, s, c] = Σ_k w[…, k]·x[b, s + k − offset, c], w = kernel, or its softmax over k for each head's channels."""
-    dtype = torch.float32 if x.dtype in _HALF else x.dtype
+    dtype = compute_dtype(x)
     weight = kernel.to(dtype)
     if kind != "depthwise":
         weight = weight.softmax(-1)

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_HALF = (torch.bfloat16, torch.float16)
+from fastmix.reference._dtypes import compute_dtype, no_autocast
 
 ACTIVATIONS = {
     "gelu": F.gelu,
@@ -34,10 +34,11 @@ def token_mixing_mlp(
     residual: Tensor | None = None,
 ) -> Tensor:
     """residual + scale ⊙ (w2·act(w1·norm(x) + b1) + b2) along the tokens of x [B, S, C]."""
-    dtype = _compute_dtype(x)
-    u = _norm(x.to(dtype), norm, norm_weight, norm_bias, eps)
-    hidden = ACTIVATIONS[activation](_per_token(w1.to(dtype) @ u, b1))  # [B, D, C]
-    return _out(_per_token(w2.to(dtype) @ hidden, b2), x, scale, residual)
+    dtype = compute_dtype(x)
+    with no_autocast(x):
+        u = _norm(x.to(dtype), norm, norm_weight, norm_bias, eps)
+        hidden = ACTIVATIONS[activation](_per_token(w1.to(dtype) @ u, b1))  # [B, D, C]
+        return _out(_per_token(w2.to(dtype) @ hidden, b2), x, scale, residual)
 
 
 def token_linear(
@@ -55,19 +56,16 @@ def token_linear(
     residual: Tensor | None = None,
 ) -> Tensor:
     """residual + scale ⊙ gate ⊙ (weight·norm(x) + bias + added) along the tokens of x [B, S, C]."""
-    dtype = _compute_dtype(x)
-    u = _norm(x.to(dtype), norm, norm_weight, norm_bias, eps)
-    weight = weight.to(dtype)
-    z = _per_token(weight @ u, bias) if weight.ndim == 2 else _per_head(weight, u, bias)
-    if added is not None:
-        z = z + added.to(dtype)
-    if gate is not None:
-        z = gate.to(dtype) * z
-    return _out(z, x, scale, residual)
-
-
-def _compute_dtype(x: Tensor) -> torch.dtype:
-    return torch.float32 if x.dtype in _HALF else x.dtype
+    dtype = compute_dtype(x)
+    with no_autocast(x):
+        u = _norm(x.to(dtype), norm, norm_weight, norm_bias, eps)
+        weight = weight.to(dtype)
+        z = _per_token(weight @ u, bias) if weight.ndim == 2 else _per_head(weight, u, bias)
+        if added is not None:
+            z = z + added.to(dtype)
+        if gate is not None:
+            z = gate.to(dtype) * z
+        return _out(z, x, scale, residual)
 
 
 def _norm(x: Tensor, norm: str | None, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
