@@ -33,3 +33,4 @@ def _load() -> tuple[str | None, bool, str | None]:
 
 cpu_level, cuda_loaded, missing_reason = _load()
 has_triton = importlib.util.find_spec("triton") is not None  # imported when a kernel of it is called
+triton_serves = has_triton and torch.version.cuda is not None

@@ -23,7 +23,8 @@ def support_table() -> str:
             continue
         cpu = "C++" if _registers("cpu", op) else ""
         cuda = "CUDA C++" if _registers("cuda", f"{op}_out") else ""
-        if any(re.search(rf"\bimport {op}_\w+", path.read_text()) for path in (ROOT / "fastmix/ops").glob("*.py")):
+        from_triton = re.compile(rf"from tritonkernels\S* import {op}")
+        if any(from_triton.search(path.read_text()) for path in (ROOT / "fastmix/ops").glob("*.py")):
             cuda = " and ".join(filter(None, (cuda, "Triton")))
         rows.append((f"`{op}`", *(f"{language}: {DTYPES}" if language else "reference" for language in (cpu, cuda))))
     return tabulate(rows, headers=("op", "CPU", "GPU"), tablefmt="github") + "\n"

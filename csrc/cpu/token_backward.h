@@ -16,11 +16,12 @@ struct Waves {
   int64_t end(int64_t item) const { return (item % ranges + 1) * panels / ranges; }
 };
 
-// As many items as their sums together take no more memory than x of `elements`, between 2 and 64.
-inline Waves make_waves(int64_t batch, int64_t panels, int64_t elements, int64_t sums) {
-  const int64_t wanted = std::clamp<int64_t>(elements / std::max<int64_t>(sums, 1), 2, 64);
-  const int64_t samples = std::min(batch, wanted);
-  return {samples, std::min(panels, (wanted + samples - 1) / samples), panels};
+// As many items, a power of two up to 64, as their sums together take no more memory than x's `bytes`; at least 2.
+inline Waves make_waves(int64_t batch, int64_t panels, int64_t bytes, int64_t sums) {
+  int64_t items = 2;
+  while (items < 64 && 2 * items * sums * static_cast<int64_t>(sizeof(float)) <= bytes) items *= 2;
+  const int64_t samples = std::clamp<int64_t>(batch, 1, items);
+  return {samples, std::min(panels, (items + samples - 1) / samples), panels};
 }
 
 // out[row·row_stride + column·column_stride] ← Σ over items of partial[item·size + row·stride + column], in their

@@ -100,7 +100,7 @@ Gradients token_mixing_mlp_bwd_cpu(const Tensor& grad_output, const Tensor& x, c
   sums_in(counting);
   const int64_t sums_size = counting.used();
   const int64_t panels = (c + kPanelColumns - 1) / kPanelColumns;
-  const Waves waves = make_waves(std::max<int64_t>(batch, 1), panels, x.numel(), sums_size);
+  const Waves waves = make_waves(batch, panels, x.numel() * x.element_size(), sums_size);
   const int64_t w1_size = round_up(w1.numel(), kLanes), w2_size = round_up(w2.numel(), kLanes);
   const Workspace workspace(w1_size + w2_size + norms.statistics_size(x) + converted_size(w1));
   const bool keeps_du = du_wanted && norms.kind == Norm::kLayer &&
@@ -234,7 +234,7 @@ Gradients token_linear_bwd_cpu(const Tensor& grad_output, const Tensor& x, const
   Carver counting(nullptr);
   sums_in(counting);
   const int64_t sums_size = counting.used();
-  const Waves waves = make_waves(std::max<int64_t>(batch, 1), heads.panels(), x.numel(), sums_size);
+  const Waves waves = make_waves(batch, heads.panels(), x.numel() * x.element_size(), sums_size);
   const int64_t weight_size = round_up(weight.numel(), kLanes);
   const Workspace workspace(weight_size + norms.statistics_size(x));
   const bool keeps_du = du_wanted && norms.kind == Norm::kLayer &&

@@ -131,7 +131,7 @@ def _external_attention_bwd_cuda(grad_output, x, mk, mv, saved, num_heads):
     return triton_kernels.external_attention_bwd(grad_output, x, mk, mv, saved, num_heads)
 
 
-if _library.has_triton:
+if _library.triton_serves:
     torch.library.impl("fastmix::external_attention", "CUDA", _external_attention_cuda)
     torch.library.impl("fastmix::external_attention_bwd", "CUDA", _external_attention_bwd_cuda)
 _GPU_MAX_MEMORY = 256  # slots, which a program holds together

@@ -124,7 +124,7 @@ def _token_conv_bwd_cuda(grad_output, x, kernel, kind, causal):
     return triton_kernels.token_conv_bwd(grad_output, x, kernel, kind != "depthwise", causal)
 
 
-if _library.has_triton:
+if _library.triton_serves:
     torch.library.impl("fastmix::token_conv", "CUDA", _token_conv_cuda)
     torch.library.impl("fastmix::token_conv_bwd", "CUDA", _token_conv_bwd_cuda)
 for _name in ("token_conv", "token_conv_bwd"):

@@ -368,7 +368,7 @@ def _token_linear_bwd_cuda(*arguments):
     return token_linear_bwd(*arguments)
 
 
-if _library.has_triton and torch.version.cuda is not None:
+if _library.triton_serves:
     torch.library.impl("fastmix::token_mixing_mlp", "CUDA", _token_mixing_mlp_cuda)
     torch.library.impl("fastmix::token_mixing_mlp_bwd", "CUDA", _token_mixing_mlp_bwd_cuda)
     torch.library.impl("fastmix::token_linear", "CUDA", _token_linear_cuda)
