@@ -51,12 +51,14 @@ def test_case_on_a_gpu(case, dtype, recorded, assert_kernel):
     assert_kernel(ops, case.function.__name__, dtype, "cuda")
 
 
+# Sizes from 6: a gradient of one or two elements may cancel to nearly nothing, and an error relative to what is left is
+# luck. Length 1 is among CASES.
 _OPTIONS = {
     "norm": st.sampled_from(NORMS),
     "weighted": st.booleans(),
     "bias": st.booleans(),
-    "shape": st.tuples(st.integers(0, 3), st.integers(1, 40), st.integers(1, 80)),
-    "s_out": st.none() | st.integers(1, 40),
+    "shape": st.tuples(st.integers(0, 3), st.integers(6, 40), st.integers(6, 80)),
+    "s_out": st.none() | st.integers(6, 40),
     "dtype": st.sampled_from(DTYPES[:3]),
 }
 
@@ -64,7 +66,7 @@ _OPTIONS = {
 @settings(max_examples=30, deadline=None, derandomize=True)
 @given(
     activation=st.sampled_from(ACTIVATIONS),
-    d=st.integers(1, 40),
+    d=st.integers(6, 40),
     given=st.sets(st.sampled_from(["scale", "residual"])),
     **_OPTIONS,
 )

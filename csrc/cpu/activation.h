@@ -16,20 +16,32 @@ inline Vec absolute(Vec x) { return reinterpret_cast<Vec>(reinterpret_cast<UVec>
 // e^−x for x ≥ 0
 inline Vec exp_minus(Vec x) { return exp2_nonpositive(x * -1.442695041f); }
 
+// (1 + erf(x/√2))/2, absolute error 1e-7: z·P(z²)/Q(z²) for |z| = |x|/√2 < 4, and erf is ±1 beyond.
+inline Vec normal_cdf(Vec x) {
+  const Vec z = x * 0.7071067812f, t = z * z;
+  Vec p = t * -2.72614225801306e-10f + 2.77068142495902e-08f;
+  p = p * t - 2.10102402082508e-06f;
+  p = p * t - 5.69250639462346e-05f;
+  p = p * t - 7.34990630326855e-04f;
+  p = p * t - 2.95459980854025e-03f;
+  p = p * t - 1.60960333262415e-02f;
+  Vec q = t * -1.45660718464996e-05f - 2.13374055278905e-04f;
+  q = q * t - 1.68282697438203e-03f;
+  q = q * t - 7.37332916720468e-03f;
+  q = q * t - 1.42647390514189e-02f;
+  const Vec erf = z * p / q;
+  const Vec limit = z < 0 ? splat(-1) : splat(1);
+  return (absolute(z) >= 4.0f ? limit : erf) * 0.5f + 0.5f;
+}
+
 // 1/(1 + e^−x) and its derivative, without the cancellation of σ·(1 − σ).
 inline ValueAndSlope sigmoid(Vec x) {
   const Vec e = exp_minus(absolute(x)), inverse = 1.0f / (e + 1.0f), small = e * inverse;
   return {x < 0 ? small : inverse, small * inverse};
 }
 
-// Φ(−|x|) = φ(x)·P(1/(1 + p·|x|)), absolute error 8e-8 (Abramowitz and Stegun 26.2.17); the slope Φ + x·φ needs φ too.
 inline ValueAndSlope gelu(Vec x) {
-  const Vec density = exp_minus(x * x * 0.5f) * 0.3989422804f, t = 1.0f / (absolute(x) * 0.2316419f + 1.0f);
-  Vec p = t * 1.330274429f - 1.821255978f;
-  p = p * t + 1.781477937f;
-  p = p * t - 0.356563782f;
-  p = p * t + 0.319381530f;
-  const Vec tail = density * t * p, cdf = x < 0 ? tail : 1.0f - tail;
+  const Vec cdf = normal_cdf(x), density = exp_minus(x * x * 0.5f) * 0.3989422804f;
   return {x * cdf, cdf + x * density};
 }
 

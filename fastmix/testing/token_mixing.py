@@ -136,7 +136,7 @@ CASES = [
     mlp_case("other length", (3, 11, 70, 6), s_out=23, norm="layer", given=("scale", "residual")),
     mlp_case("x is residual", (3, 11, 70, 6), norm="layer", change=_residual_is_x),
     mlp_case("eps", (2, 9, 13, 6), norm="layer", eps=0.5),
-    mlp_case("many samples", (70, 2, 12, 4), norm="layer", given=("residual",)),
+    mlp_case("many samples", (70, 2, 40, 9), norm="layer", given=("residual",)),
     mlp_case("several panels", (3, 5, 300, 4), norm="layer", given=("scale", "residual")),
     mlp_case("empty batch", (0, 9, 13, 6), norm="layer", given=("scale", "residual")),
     mlp_case("transposed", (2, 9, 13, 6), norm="layer", given=("residual",), change=changed(
@@ -164,7 +164,7 @@ CASES = [
     linear_case("a head for each channel", (2, 11, 7), heads=7, bias=False),
     linear_case("wide heads", (2, 5, 400), heads=2, s_out=6, norm="token_layer", given=("scale", "added")),
     linear_case("x is residual", (3, 11, 70), norm="affine", given=("scale",), change=_residual_is_x),
-    linear_case("many samples", (70, 2, 12), norm="layer", given=("gate",)),
+    linear_case("many samples", (70, 2, 40), norm="layer", given=("gate",)),
     linear_case("empty batch", (0, 9, 13), heads=1, norm="layer", given=("scale", "gate", "added", "residual")),
     linear_case("chunks", (2, 9, 70), norm="layer", given=("gate", "added"), change=changed(
         x=_chunk, gate=_chunk, added=_chunk)),
