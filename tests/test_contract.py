@@ -18,7 +18,7 @@ import fastmix
 ROOT = Path(__file__).parent.parent
 OPS = {"scaled_attention", "token_mixing", "external_attention", "token_conv", "fft_mixing", "beam_search", "grad_norm"}
 METHODS = ("nn", "per_sample", "generation", "losses")  # the folders that stand on the public ops
-SOURCES = ("csrc", "fastmix", "tritonkernels", "benchmarks", "tests")
+SOURCES = ("csrc", "fastmix", "tritonkernels", "benchmarks", "tests", "examples")
 
 pytestmark = pytest.mark.skipif(not (ROOT / "csrc").is_dir(), reason="not run in a clone")
 
@@ -256,9 +256,9 @@ def test_import_is_light_and_silent():
     code = """
 import sys, time
 import torch
-before, start = set(sys.modules), time.perf_counter()
+before, start = set(sys.modules), time.process_time()
 import fastmix, fastmix.nn, fastmix.testing, fastmix.integrations
-seconds = time.perf_counter() - start
+seconds = time.process_time() - start
 heavy = {"triton", "transformers", "matplotlib", "timm", "opacus", "scipy", "tritonkernels"}
 loaded = heavy & {name.partition(".")[0] for name in set(sys.modules) - before}
 assert not loaded, loaded
