@@ -148,7 +148,7 @@ def test_inputs_are_left_as_they_were():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("batch", [1, 3, 70])
-def test_thread_count_and_repetition_change_no_bit(batch, dtype):
+def test_thread_count_and_repetition_change_no_bit(batch, dtype, needs_kernels):
     mlp = mlp_case("", (batch, 33, 130, 20), norm="layer", given=("scale", "residual"))
     linear = linear_case("", (batch, 33, 130), heads=2, norm="layer", given=("scale", "gate", "residual"))
     threads, results = torch.get_num_threads(), []
