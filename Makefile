@@ -54,15 +54,16 @@ format: $(SETUP)
 test-triton: build
 	TRITON_INTERPRET=1 $(PYTEST) tests/triton
 
-# At the other instruction levels all but what computes nothing on a CPU, and so knows no level.
-ANY_LEVEL := cuda_emulated beam_search_emulated triton_compile contract trie_builder trie_cli trie_file
+# At the other instruction levels all but what computes nothing with the CPU kernels, and so knows no level.
+GPU_SOURCE := cuda_emulated beam_search_emulated triton_compile
+ANY_LEVEL := $(GPU_SOURCE) contract trie_builder trie_cli trie_file
 test-default test-avx2: test-%: build
 	ATEN_CPU_CAPABILITY=$* $(PYTEST) tests --ignore tests/triton $(ANY_LEVEL:%=--ignore tests/test_%.py)
 
 # From the tests' folder, so that the package built into build/ is imported and not the clone.
 test-pure: $(SETUP)
 	FASTMIX_NO_EXT=1 $(PYTHON) setup.py -q build --build-base build/pure --build-lib build/pure/lib
-	cd tests && FASTMIX_NO_EXT=1 PYTHONPATH=$(CURDIR)/build/pure/lib $(PYTEST) --ignore triton .
+	cd tests && FASTMIX_NO_EXT=1 PYTHONPATH=$(CURDIR)/build/pure/lib $(PYTEST) --ignore triton $(GPU_SOURCE:%=--ignore test_%.py) .
 
 # The CPU kernels under the address and the undefined-behaviour sanitizer.
 SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=undefined -g1
