@@ -6,6 +6,7 @@ import importlib.util
 import subprocess
 import sys
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -65,3 +66,13 @@ def test_every_case_is_compiled(monkeypatch):
     for rows in range(2, 14):
         peers.compiled("double", double).function(x=torch.ones(rows, 3))
     assert len(graphs) == 12
+
+
+@pytest.mark.skipif(not Path(sys.prefix).is_relative_to(Path(__file__).parents[1]), reason="not the clone's own .venv")
+@pytest.mark.parametrize(
+    "package",
+    ["ducc0", "g_mlp_pytorch", "marisa_trie", "mlp_mixer_pytorch", "sklearn", "timm", "transformers", "triton"],
+)
+def test_the_pinned_packages_are_there(package):
+    """Where constraints.txt was installed, no test of a peer may be skipped for want of it."""
+    assert peers.missing(package) is None
