@@ -102,40 +102,56 @@ def _warn_once() -> None:
     )
 
 
-def differentiate_backward(op_bwd: str, reference: Callable[..., Tensor], num_inputs: int) -> None:
-    """Gives the backward op `fastmix::op_bwd(grad_output, *inputs, …)` its own gradient, from the reference.
+def differentiate_backward(
+    op_bwd: str,
+    reference: Callable[..., Tensor | tuple[Tensor, ...]],
+    num_inputs: int,
+    *,
+    num_saved: int = 0,
+    num_outputs: int = 1,
+) -> None:
+    """Gives the backward op `fastmix::op_bwd(*grad_outputs, *inputs, *saved, *options)` its own gradient.
 
     The backward of `reference(*inputs, *options)` is its vector-Jacobian product; differentiating that, as often as
-    asked, is double backward. Slower than a kernel, and the same code for every op. The first num_inputs inputs are
-    tensors or None, and the op returns a gradient for each (of any size where the input is None or needs none); of what
-    follows, tensors are the forward's to keep, and the rest are the reference's options.
+    asked, is double backward. Slower than a kernel, and the same code for every op. The op returns a gradient for each
+    of the num_inputs inputs, which are tensors or None (of any size where the input is None or needs none); `saved` is
+    what the forward kept. A gradient of an output may be None too.
     """
+    first, last = num_outputs, num_outputs + num_inputs
 
     def setup_context(ctx, inputs, output):
-        ctx.save_for_backward(*inputs[: num_inputs + 1])
-        ctx.options = [value for value in inputs[num_inputs + 1 :] if not isinstance(value, Tensor)]
-        ctx.num_others = len(inputs) - num_inputs - 1
+        options = inputs[last + num_saved :]
+        tensors = [value if isinstance(value, Tensor) else None for value in options]
+        ctx.save_for_backward(*inputs[:last], *tensors)
+        ctx.options = [None if isinstance(value, Tensor) else value for value in options]
         ctx.set_materialize_grads(False)
 
     def backward(ctx, *grads):
-        grad_output, *inputs = ctx.saved_tensors
-        given = [i for i, value in enumerate(inputs) if value is not None]
+        saved = ctx.saved_tensors
+        grad_outputs, inputs = saved[:first], saved[first:last]
+        options = [value if tensor is None else tensor for tensor, value in zip(saved[last:], ctx.options, strict=True)]
+        outputs_used = [i for i, value in enumerate(grad_outputs) if value is not None]
+        varied = [i for i, value in enumerate(inputs) if value is not None and value.is_floating_point()]
 
-        def of_given(*values: Tensor) -> Tensor:
-            arguments = dict(zip(given, values, strict=True))
-            return reference(*map(arguments.get, range(num_inputs)), *ctx.options)
+        def of_varied(*values: Tensor) -> tuple[Tensor, ...]:
+            arguments = dict(enumerate(inputs)) | dict(zip(varied, values, strict=True))
+            outputs = reference(*map(arguments.get, range(num_inputs)), *options)
+            outputs = (outputs,) if num_outputs == 1 else outputs
+            return tuple(outputs[i] for i in outputs_used)
 
-        def reference_bwd(grad_output: Tensor, *values: Tensor) -> tuple[Tensor, ...]:
-            return torch.func.vjp(of_given, *values)[1](grad_output)
+        def reference_bwd(grad_outputs: tuple[Tensor, ...], *values: Tensor) -> tuple[Tensor, ...]:
+            return torch.func.vjp(of_varied, *values)[1](grad_outputs)
 
-        values = [inputs[i] for i in given]
-        asked = [grads[i] for i in given]
+        values = [inputs[i] for i in varied]
         cotangents = tuple(
             torch.zeros_like(value) if grad is None or grad.shape != value.shape else grad
-            for value, grad in zip(values, asked, strict=True)
+            for value, grad in zip(values, (grads[i] for i in varied), strict=True)
         )
-        grad_grad_output, *found = torch.func.vjp(reference_bwd, grad_output, *values)[1](cotangents)
-        result = dict(zip(given, found, strict=True))
-        return grad_grad_output, *map(result.get, range(num_inputs)), *[None] * ctx.num_others
+        used = tuple(grad_outputs[i] for i in outputs_used)
+        grad_used, *found = torch.func.vjp(reference_bwd, used, *values)[1](cotangents)
+        grad_grads = dict(zip(outputs_used, grad_used, strict=True))
+        result = dict(zip(varied, found, strict=True))
+        others = [None] * (num_saved + len(options))
+        return *map(grad_grads.get, range(num_outputs)), *map(result.get, range(num_inputs)), *others
 
     torch.library.register_autograd(f"fastmix::{op_bwd}", backward, setup_context=setup_context)

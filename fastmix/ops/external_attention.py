@@ -111,6 +111,7 @@ differentiate_backward(
     "external_attention_bwd",
     lambda x, mk, mv, num_heads: reference.external_attention(x, mk, mv, num_heads=num_heads),
     num_inputs=3,
+    num_saved=1,
 )
 
 

@@ -324,7 +324,7 @@ def _register_backward(op: str, differentiable: Callable[..., Tensor]) -> None:
         return *grads, grad_output if needs[_NUM_TENSORS] else None, *(None,) * (len(needs) - _NUM_TENSORS - 1)
 
     torch.library.register_autograd(f"fastmix::{op}", backward, setup_context=_save)
-    differentiate_backward(f"{op}_bwd", differentiable, num_inputs=_NUM_TENSORS)
+    differentiate_backward(f"{op}_bwd", differentiable, num_inputs=_NUM_TENSORS, num_saved=1)
 
 
 def _mlp(x, w1, w2, b1, b2, norm_weight, norm_bias, scale, norm, eps, activation, add_x, *_):

@@ -18,14 +18,14 @@ class Case:
 
     make draws the arguments in float64 on the CPU; floating-point tensors are then rounded to the tested dtype
     (complex ones to complex64), integer tensors stay, and what else has a device (a Trie) moves there. `independent`
-    counts the leading dimensions of the output that are slices of their own, and `gradients` names the arguments that
-    get a gradient with the same count for each.
+    counts the leading dimensions of the output (of each, if there are several) that are slices of their own, and
+    `gradients` names the arguments that get a gradient with the same count for each.
     """
 
     op: str
     name: str
-    function: Callable[..., Tensor]
-    reference: Callable[..., Tensor]
+    function: Callable[..., Tensor | tuple[Tensor, ...]]
+    reference: Callable[..., Tensor | tuple[Tensor, ...]]
     make: Callable[[torch.Generator], dict[str, Any]]
     independent: int = 0
     gradients: dict[str, int] = field(default_factory=dict)
@@ -39,18 +39,21 @@ class Case:
 
 
 def check_case(
-    case: Case, dtype: torch.dtype, device: str = "cpu", function: Callable[..., Tensor] | None = None
+    case: Case,
+    dtype: torch.dtype,
+    device: str = "cpu",
+    function: Callable[..., Tensor | tuple[Tensor, ...]] | None = None,
 ) -> dict[str, Margin]:
     """Values and gradients of `function` (default: the case's own) under the tolerance rule; raises AssertionError."""
     inputs = case.inputs(dtype, device)
     exact = {name: _to_float64(value) for name, value in inputs.items()}
-    oracle, oracle_grads = _run(case.reference, exact, case.gradients)
+    oracles, oracle_grads = _run(case.reference, exact, case.gradients)
     expected, expected_grads = _run(case.reference, inputs, case.gradients)
     actual, actual_grads = _run(function or case.function, inputs, case.gradients)
+    names = ["output", *(f"output {i}" for i in range(1, len(oracles)))]
     margins = {
-        "output": check_parity(
-            f"{case.name}, output", actual, expected, oracle, independent=case.independent, factor=FORWARD_FACTOR
-        )
+        name: check_parity(f"{case.name}, {name}", *outputs, independent=case.independent, factor=FORWARD_FACTOR)
+        for name, *outputs in zip(names, actual, expected, oracles, strict=True)
     }
     for name, independent in case.gradients.items():
         margins[name] = check_parity(
@@ -64,16 +67,18 @@ def check_case(
     return margins
 
 
-def _run(function, inputs: dict[str, Any], gradients: dict[str, int]) -> tuple[Tensor, dict[str, Tensor]]:
+def _run(function, inputs: dict[str, Any], gradients: dict[str, int]) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
     inputs = {name: _leaf(value) if name in gradients else value for name, value in inputs.items()}
-    output = function(**inputs)
+    outputs = function(**inputs)
+    outputs = (outputs,) if isinstance(outputs, Tensor) else outputs
     if not gradients:
-        return output, {}
-    # The same gradient of the output for every implementation: drawn in float64, rounded to the narrowest dtype tested.
-    draw = torch.randn(output.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    grad_output = draw.to(torch.bfloat16).to(output)
-    grads = torch.autograd.grad(output, [inputs[name] for name in gradients], grad_output)
-    return output.detach(), dict(zip(gradients, grads, strict=True))
+        return outputs, {}
+    # The same gradients of the outputs for every implementation: drawn in float64, rounded to the narrowest dtype.
+    generator = torch.Generator().manual_seed(1)
+    draws = [torch.randn(output.shape, generator=generator, dtype=torch.float64) for output in outputs]
+    grad_outputs = [draw.to(torch.bfloat16).to(output) for draw, output in zip(draws, outputs, strict=True)]
+    grads = torch.autograd.grad(outputs, [inputs[name] for name in gradients], grad_outputs)
+    return tuple(output.detach() for output in outputs), dict(zip(gradients, grads, strict=True))
 
 
 def _leaf(value: Tensor) -> Tensor:
