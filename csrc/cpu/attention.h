@@ -15,7 +15,7 @@ using torch::headeronly::ScalarType;
 inline constexpr int64_t kRowBlock = 32;
 inline constexpr int64_t kKeyBlock = kTileLanes == 16 ? 128 : 96;
 inline constexpr int64_t kScoreStride = kKeyBlock + 16;
-static_assert(kKeyBlock % kTileColumns == 0 && kKeyBlock <= kChain);
+static_assert(kKeyBlock % kTileColumns == 0 && kKeyBlock % (4 * kLanes) == 0 && kKeyBlock <= kChain);
 
 // body(pointer to the C++ type of the elements) for float32, bfloat16 and float16.
 template <typename Body>

@@ -38,20 +38,23 @@ struct Tile {
     }
   }
 
-  // factors[j] ← 1/(1 − p) where dropout keeps the weight of query r0 + row, else 0.
+  // factors[0 : kKeyBlock] ← 1/(1 − p) where dropout keeps the weight of query r0 + row, else 0.
   void dropout(int64_t row, float* factors) const {
     const auto threshold = static_cast<uint32_t>(a.dropout_p * 4294967296.0);
-    const auto factor = static_cast<float>(1 / (1 - a.dropout_p));
+    const Vec factor = splat(static_cast<float>(1 / (1 - a.dropout_p)));
     UVec lane;
     for (int i = 0; i < kLanes; ++i) lane[i] = i;
-    for (int64_t j = 0; j < width(); j += 4 * kLanes) {
+    for (int64_t j = 0; j < kKeyBlock; j += 4 * kLanes) {
       const PhiloxWords words = philox(static_cast<uint32_t>((c0 + j) / 4) + lane, static_cast<uint32_t>(r0 + row),
                                        static_cast<uint32_t>(h), static_cast<uint32_t>(at.number), a.seed);
-      for (int i = 0; i < kLanes && j + 4 * i < width(); ++i) {
-        for (int word = 0; word < 4; ++word) {
-          factors[j + 4 * i + word] = words.word[word][i] >= threshold ? factor : 0.0f;
-        }
-      }
+      Vec kept[4];
+      for (int word = 0; word < 4; ++word) kept[word] = words.word[word] >= threshold ? factor : Vec{};
+      Vec even[2], odd[2], inside[4];  // words 0 and 2, 1 and 3, all four of a counter side by side
+      zip(kept[0], kept[2], even[0], even[1]);
+      zip(kept[1], kept[3], odd[0], odd[1]);
+      zip(even[0], odd[0], inside[0], inside[1]);
+      zip(even[1], odd[1], inside[2], inside[3]);
+      for (int i = 0; i < 4; ++i) store(factors + j + i * kLanes, inside[i]);
     }
   }
 

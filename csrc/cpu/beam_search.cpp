@@ -2,7 +2,6 @@
 // of node k, and the EOS tokens where a key ends; the best N by (score, beam, token). A thread owns some beams of a
 // sample: per beam one pass over the logits for the log-sum-exp, one over the children against the N-th best score so
 // far. Sums in float64 over blocks. Nothing of the size of the vocabulary is written.
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/library.h>
 
 #include <atomic>
@@ -12,6 +11,7 @@
 
 #include "common/check.h"
 #include "common/trie_view.h"
+#include "cpu/allocate.h"
 #include "cpu/best_candidates.h"
 #include "cpu/scratch.h"
 
@@ -273,14 +273,6 @@ void beam_step(const Step& step, const T* logits, const Output& out) {
   }
 }
 
-// Without the dispatcher, which looks its ops up by name: four of them would cost more than a small step.
-Tensor empty_matrix(int64_t rows, int64_t columns, int32_t dtype) {
-  const int64_t sizes[] = {rows, columns}, strides[] = {columns, 1};
-  AtenTensorHandle handle;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(2, sizes, strides, dtype, aoti_torch_device_type_cpu(), 0, &handle));
-  return Tensor(handle);
-}
-
 void check_rows(const char* name, const Tensor& tensor, const Tensor& logits) {
   FASTMIX_CHECK(tensor.dim() == 2 && tensor.size(0) == logits.size(0) && tensor.size(1) == logits.size(1), name,
                 " must be [B, K] = [", logits.size(0), ", ", logits.size(1), "]");
@@ -318,10 +310,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> trie_beam_step_cpu(const Tensor& logi
   const Tensor totals =
       as_it_is ? beam_scores : torch::stable::contiguous(torch::stable::to(beam_scores, ScalarType::Float));
   const Tensor places = nodes.is_contiguous() ? nodes : torch::stable::contiguous(nodes);
-  Tensor scores = empty_matrix(batch, num_candidates, aoti_torch_dtype_float32());
-  Tensor beam_index = empty_matrix(batch, num_candidates, aoti_torch_dtype_int64());
-  Tensor token = empty_matrix(batch, num_candidates, aoti_torch_dtype_int64());
-  Tensor node = empty_matrix(batch, num_candidates, aoti_torch_dtype_int64());
+  Tensor scores = empty_strided<2>({batch, num_candidates}, {num_candidates, 1}, aoti_torch_dtype_float32());
+  Tensor beam_index = empty_strided<2>({batch, num_candidates}, {num_candidates, 1}, aoti_torch_dtype_int64());
+  Tensor token = empty_strided<2>({batch, num_candidates}, {num_candidates, 1}, aoti_torch_dtype_int64());
+  Tensor node = empty_strided<2>({batch, num_candidates}, {num_candidates, 1}, aoti_torch_dtype_int64());
   Step step{batch,
             beams,
             width,

@@ -4,7 +4,9 @@
 #include <optional>
 #include <tuple>
 
+#include "cpu/allocate.h"
 #include "cpu/attention_backward.h"
+#include "cpu/attention_decode.h"
 #include "cpu/attention_forward.h"
 
 namespace fastmix {
@@ -33,7 +35,11 @@ Heads heads_of(const Tensor& tensor) {
 
 // [B, H, T, D] whose heads of a token lie side by side.
 Tensor empty_heads(const Tensor& like, int64_t b, int64_t h, int64_t t, int64_t d) {
-  return torch::stable::transpose(torch::stable::new_empty(like, {b, t, h, d}), 1, 2);
+  return empty_strided<4>({b, h, t, d}, {t * h * d, d, h * d, 1}, dtype_of(like));
+}
+
+Tensor empty_lse(const Attention& a) {
+  return empty_strided<3>({a.b, a.h, a.t}, {a.h * a.t, a.t, 1}, aoti_torch_dtype_float32());
 }
 
 Mask mask_of(const Tensor& tensor) {
@@ -78,7 +84,9 @@ struct Arguments {
     a.query = heads_of(query), a.key = heads_of(key), a.value = heads_of(value);
     a.scale = static_cast<float>(scale);
     a.causal = causal, a.bottom_right = bottom_right, a.interleaved = interleaved;
-    a.window_left = window_left, a.window_right = window_right;
+    // Wider than all lengths together is unlimited, and can't overflow.
+    a.window_left = window_left < a.t + a.s ? window_left : -1;
+    a.window_right = window_right < a.t + a.s ? window_right : -1;
     a.dropout_p = dropout_p;
     set_mask(mask);
     set_vectors(table, query_scale, cos, sin);
@@ -180,16 +188,20 @@ std::tuple<Tensor, Tensor, Tensor> scaled_attention_cpu(
                             window_right, interleaved);
   const Attention& a = arguments.a;
   Tensor output = empty_heads(query, a.b, a.h, a.t, a.value.size);
-  Tensor lse = torch::stable::new_empty(query, {a.b, a.h, a.t}, ScalarType::Float);
-  Tensor lse_rest = torch::stable::new_empty(query, {a.b, a.h, a.t}, ScalarType::Float);
+  Tensor lse = empty_lse(a), lse_rest = empty_lse(a);
   if (output.numel() == 0) return {output, lse, lse_rest};
   if (a.has_other_rows()) {
     torch::stable::zero_(output);
     torch::stable::fill_(lse, -kInfinity);
     torch::stable::zero_(lse_rest);
   }
-  AttentionForward(a, heads_of(output), static_cast<float*>(lse.data_ptr()), static_cast<float*>(lse_rest.data_ptr()))
-      .run();
+  auto *const to_lse = static_cast<float*>(lse.data_ptr()), *const to_rest = static_cast<float*>(lse_rest.data_ptr());
+  const Heads to = heads_of(output);
+  if (AttentionDecode::serves(a)) {
+    AttentionDecode(a, to, to_lse, to_rest).run();
+  } else {
+    AttentionForward(a, to, to_lse, to_rest).run();
+  }
   return {output, lse, lse_rest};
 }
 

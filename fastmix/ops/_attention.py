@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastmix.ops._check import check_float, check_same_device, check_tensor, dtype_name, shape_text
+from fastmix.ops._check import FLOATS, check_float, check_same_device, check_tensor, dtype_name, shape_text
 from fastmix.ops._route import data_is_visible
 
 
@@ -54,6 +54,8 @@ class Rotary(NamedTuple):
 
 def broadcast_heads(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> tuple[Tensor, Tensor, Tensor]:
     """query, key and value as [B, H, T, D], [B, Hkv, S, D], [B, Hkv, S, Dv], whatever they lack or share expanded."""
+    if _fit(query, key, value, enable_gqa):
+        return query, key, value
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         check_float(name, tensor)
         if not 2 <= tensor.ndim <= 4:
@@ -87,6 +89,26 @@ def broadcast_heads(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool)
     if value.shape[:2] != (b, hkv):
         value = value.expand(b, hkv, -1, -1)
     return query, key, value
+
+
+def _fit(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> bool:
+    """The quick way past what would be said or changed: four dimensions, all given."""
+    if not (isinstance(query, Tensor) and isinstance(key, Tensor) and isinstance(value, Tensor)):
+        return False
+    if not (query.ndim == key.ndim == value.ndim == 4 and query.dtype in FLOATS):
+        return False
+    (b, h, _, d), (key_b, hkv, s, key_d), value_shape = query.shape, key.shape, value.shape
+    return (
+        (key_b, key_d) == (b, d)
+        and value_shape[:3] == (b, hkv, s)
+        and (h == hkv or (enable_gqa and h > 1))
+        and hkv > 0
+        and h % hkv == 0
+        and d > 0
+        and value_shape[3] > 0
+        and query.dtype == key.dtype == value.dtype
+        and query.device == key.device == value.device
+    )
 
 
 def check_mask(attn_mask: Tensor, query: Tensor, key: Tensor) -> None:
