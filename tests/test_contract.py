@@ -90,7 +90,8 @@ def test_rule_4_methods_import_public_ops():
         own = f"fastmix.{path.relative_to(ROOT / 'fastmix').parts[0]}"
         public = [f"fastmix.{name}" for name in fastmix.__all__]
         index = ("fastmix.reference._trie", "fastmix._C")  # the reader and the builder of the trie's bytes
-        found = _foreign(path, "torch", "numpy", "tqdm", "fastmix.ops", own, *public, *index)
+        weights = "fastmix.reference.scaled_attention"  # attention weights, which no kernel forms
+        found = _foreign(path, "torch", "numpy", "tqdm", "fastmix.ops", own, *public, *index, weights)
         private = [name for name, _ in _imports(path) if _is_in(name, "fastmix.ops") and "._" in name]
         return found + [f"{_name(path)}: {name}" for name in private if not _is_in(name, "fastmix.ops._check")]
 
@@ -237,7 +238,10 @@ def test_input_is_never_checked_by_assert():
 def test_private_pytorch_is_used_in_the_route_alone():
     def private(path: Path) -> list[str]:
         found = re.findall(r"\btorch(?:\.\w+)*\._(?!_)\w+|\bforward_ad\._\w+", path.read_text())
-        return [f"{_name(path)}: {name}" for name in found if name != "torch._check"]
+        return [f"{_name(path)}: {name}" for name in found if name not in documented]
+
+    # The last two are how one writes a tensor subclass that is made of other tensors.
+    documented = ("torch._check", "torch.Tensor._make_wrapper_subclass", "torch._C._disabled_torch_function_impl")
 
     others = [path for path in _files("fastmix", "tritonkernels") if path.name != "_route.py"]
     assert _all(private, others) == []

@@ -112,7 +112,8 @@ def scaled_attention(
     options |= {"causal_alignment": causal_alignment, "dropout_seed": dropout_seed}
     arguments = reference.op_arguments(query, key, value, attn_mask, dropout_p, is_causal, scale, **options)
     trained_table = rotary is not None and needs_gradient(rotary.cos, rotary.sin)
-    if kernel_answers("scaled_attention", query) and not trained_table:
+    widest = query if query.shape[3] >= value.shape[3] else value
+    if kernel_answers("scaled_attention", widest) and not trained_table:
         output, lse, _ = call(torch.ops.fastmix.scaled_attention.default, *arguments)
     else:
         output, lse = reference.attend(*arguments)
@@ -220,5 +221,5 @@ _GPU_MAX_HEAD_SIZE = 256
 if _library.triton_serves:
     torch.library.impl("fastmix::scaled_attention", "CUDA", _scaled_attention_cuda)
     torch.library.impl("fastmix::scaled_attention_bwd", "CUDA", _scaled_attention_bwd_cuda)
-note_kernels("scaled_attention", lambda query: query.is_cpu or query.shape[3] <= _GPU_MAX_HEAD_SIZE)
+note_kernels("scaled_attention", lambda widest: widest.is_cpu or widest.shape[3] <= _GPU_MAX_HEAD_SIZE)
 note_kernels("scaled_attention_bwd")

@@ -61,8 +61,10 @@ def op_arguments(
     if dropout_p > 0:
         if dropout_seed is None:
             seed = torch.randint(2**63 - 1, (1,), device=query.device)
+        elif isinstance(dropout_seed, int):
+            seed = torch.full((1,), dropout_seed, device=query.device)
         else:
-            seed = torch.as_tensor(dropout_seed, device=query.device).reshape(1)
+            seed = dropout_seed.reshape(1)
     return (
         query,
         key,
@@ -104,10 +106,21 @@ def _zero(t: int, s: int, bottom_right: bool) -> int:
     return max((s if bottom_right else t) - 1, 0)
 
 
-def attend(
+def attend(query: Tensor, key: Tensor, value: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
+    """(output [B, H, T, Dv], log-sum-exp [B, H, T]) with the arguments of the registered op."""
+    weights, lse, allowed = attention_weights(query, key, *options)
+    v = value.to(weights.dtype).repeat_interleave(query.shape[1] // value.shape[1], dim=1)
+    finite = v.isfinite().all(dim=3)  # [B, H, S]
+    with no_autocast(query):
+        output = weights @ v.where(finite[..., None], 0)
+    # 0 · NaN is NaN: a value that is not finite reaches the rows that attend to it, and no others.
+    poisoned = (allowed & ~finite[:, :, None]).any(dim=3)
+    return output.masked_fill(poisoned[..., None], torch.nan).to(query.dtype), lse
+
+
+def attention_weights(
     query: Tensor,
     key: Tensor,
-    value: Tensor,
     attn_mask: Tensor | None,
     bias_table: Tensor | None,
     query_scale: Tensor | None,
@@ -129,8 +142,8 @@ def attend(
     window_left: int,
     window_right: int,
     interleaved: bool,
-) -> tuple[Tensor, Tensor]:
-    """(output [B, H, T, Dv], log-sum-exp [B, H, T]) with the arguments of the registered op."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(weights [B, H, T, S] with dropout applied, log-sum-exp [B, H, T], pairs attended [B, 1 or H, T, S])."""
     dtype = compute_dtype(query)
     (b, h, t, _), s = query.shape, key.shape[2]
     at = places((b, t, s), query_lengths, key_lengths, cu_seqlens_q, cu_seqlens_k, bottom_right, query.device)
@@ -141,9 +154,7 @@ def attend(
     row_sees, column_is_seen = allowed.any(dim=3), allowed.any(dim=2)  # [B, 1 or H, T], [B, 1 or H, S]
 
     q = query.to(dtype).where(row_sees[..., None], 0)
-    k, v = (x.to(dtype).repeat_interleave(h // x.shape[1], dim=1) for x in (key, value))
-    k = k.where(column_is_seen[..., None], 0)
-    finite = v.isfinite().all(dim=3)  # [B, H, S]
+    k = key.to(dtype).repeat_interleave(h // key.shape[1], dim=1).where(column_is_seen[..., None], 0)
     if cos is not None:
         row_positions = at.row + at.row_offset.clamp(min=0) if query_positions is None else query_positions
         positions = at.column - at.column_offset.clamp(max=0) if key_positions is None else key_positions
@@ -164,7 +175,4 @@ def attend(
         weights = scores.softmax(dim=3).masked_fill(~allowed, 0)
         if dropout_p > 0:
             weights = weights * kept(at, h, dropout_seed, dropout_p) / (1 - dropout_p)
-        output = weights @ v.where(finite[..., None], 0)
-    # 0 · NaN is NaN: a value that is not finite reaches the rows that attend to it, and no others.
-    poisoned = (allowed & ~finite[:, :, None]).any(dim=3)
-    return output.masked_fill(poisoned[..., None], torch.nan).to(query.dtype), lse.to(dtype)
+    return weights, lse, allowed
