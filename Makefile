@@ -36,7 +36,7 @@ $(BUILT): $(SETUP) $(SOURCES)
 ifneq ($(VENV),)
 $(SETUP): constraints.txt
 	python3 -m venv $(VENV)
-	$(PYTHON) -m pip install --quiet --requirement constraints.txt
+	$(PYTHON) -m pip install --quiet --no-compile --requirement constraints.txt
 	@touch $@
 endif
 
@@ -54,38 +54,43 @@ format: $(SETUP)
 test-triton: build
 	TRITON_INTERPRET=1 $(PYTEST) tests/triton
 
-# At the other instruction levels all but what computes nothing with the CPU kernels, and so knows no level.
+# Left out where tests are repeated: what reads sources, and what would learn nothing new about the kernels.
 GPU_SOURCE := cuda_emulated beam_search_emulated triton_compile
-ANY_LEVEL := $(GPU_SOURCE) contract trie_builder trie_cli trie_file
+PROGRAMS := examples readme $(patsubst tests/test_%.py,%,$(wildcard tests/test_benchmarks*.py))
+ANY_LEVEL := $(GPU_SOURCE) $(PROGRAMS) cli contract trie_builder trie_cli trie_file
+
+# At the other instruction levels all but what knows no level.
 test-default test-avx2: test-%: build
 	ATEN_CPU_CAPABILITY=$* $(PYTEST) tests --ignore tests/triton $(ANY_LEVEL:%=--ignore tests/test_%.py)
 
 # From the tests' folder, so that the package built into build/ is imported and not the clone.
 test-pure: $(SETUP)
 	FASTMIX_NO_EXT=1 $(PYTHON) setup.py -q build --build-base build/pure --build-lib build/pure/lib
-	cd tests && FASTMIX_NO_EXT=1 PYTHONPATH=$(CURDIR)/build/pure/lib $(PYTEST) --ignore triton $(GPU_SOURCE:%=--ignore test_%.py) .
+	cd tests && FASTMIX_NO_EXT=1 PYTHONPATH=$(CURDIR)/build/pure/lib \
+	  $(PYTEST) --ignore triton $(patsubst %,--ignore test_%.py,$(GPU_SOURCE) $(PROGRAMS)) .
 
-# The CPU kernels under the address and the undefined-behaviour sanitizer.
-SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=undefined -g1
+# The CPU kernels under the address and the undefined-behaviour sanitizer: what they check depends on no optimisation.
+SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=undefined -O1 -g1
+SANITIZED_LEVELS := default avx2
 test-sanitized: $(SETUP)
 	CFLAGS="$(SANITIZE)" CXXFLAGS="$(SANITIZE)" LDFLAGS="$(SANITIZE)" FASTMIX_CUDA=0 \
+	  FASTMIX_CPU_LEVELS="$(SANITIZED_LEVELS)" \
 	  $(PYTHON) setup.py -q build --build-base build/sanitized --build-lib build/sanitized/lib
-	cd tests && for level in default avx2; do \
+	cd tests && files=$$(grep -rl --include "test_*.py" "mark\.kernel" .) && for level in $(SANITIZED_LEVELS); do \
 	  LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 ATEN_CPU_CAPABILITY=$$level \
-	  PYTHONPATH=$(CURDIR)/build/sanitized/lib $(PYTEST) -m kernel . || exit 1; \
+	  PYTHONPATH=$(CURDIR)/build/sanitized/lib $(PYTEST) -m kernel $$files || exit 1; \
 	done
 
 # Every CUDA file compiles where there is no GPU.
 cuda-check: $(SETUP)
 	@if ! command -v nvcc > /dev/null; then \
 	  echo "NOTICE: no nvcc here, the CUDA files were NOT compiled"; exit 0; fi; \
-	for file in $(wildcard csrc/cuda/*.cu); do \
-	  echo "nvcc $$file for$(foreach arch,$(CUDA_ARCHS), sm_$(arch))"; \
+	echo "nvcc for$(foreach arch,$(CUDA_ARCHS), sm_$(arch)): $(wildcard csrc/cuda/*.cu)"; \
+	printf '%s\n' $(wildcard csrc/cuda/*.cu) | xargs -P 2 -I {} \
 	  nvcc -c -std=c++17 -O3 --threads 0 -DUSE_CUDA -DTORCH_TARGET_VERSION=0x020a000000000000 \
 	    $(foreach arch,$(CUDA_ARCHS),-gencode arch=compute_$(arch),code=sm_$(arch)) \
-	    -Icsrc -I$(TORCH_INCLUDE) -I$(TORCH_INCLUDE)/torch/csrc/api/include $$file -o /dev/null || exit 1; \
-	done
+	    -Icsrc -I$(TORCH_INCLUDE) -I$(TORCH_INCLUDE)/torch/csrc/api/include {} -o /dev/null
 
 # On a machine with a GPU: build with CUDA, run the GPU tests and benchmarks, leave records and logs in OUT.
 # OPS="fft_mixing …" limits it to some ops.
@@ -100,7 +105,7 @@ wheel: $(SETUP)
 # The wheel, installed in a clean environment beside the same PyTorch, imports and answers.
 test-wheel: wheel
 	rm -rf build/clean && python3 -m venv build/clean
-	build/clean/bin/pip install --quiet --constraint constraints.txt dist/fastmix-*.whl
+	build/clean/bin/pip install --quiet --no-compile --constraint constraints.txt dist/fastmix-*.whl
 	cd build && clean/bin/python -c "import torch, fastmix; x = torch.randn(2, 8, 8); \
 	  torch.testing.assert_close(fastmix.fourier_mixing(x), torch.fft.fft2(x).real)" \
 	  && clean/bin/fastmix doctor && clean/bin/fastmix parity

@@ -1,6 +1,7 @@
 """Builds the compiled parts: one CPU library per instruction level, the CUDA library, and the pybind11 module.
 
-Environment: FASTMIX_NO_EXT=1 (pure Python), FASTMIX_CUDA=0/1 (override the detection), TORCH_CUDA_ARCH_LIST, MAX_JOBS.
+Environment: FASTMIX_NO_EXT=1 (pure Python), FASTMIX_CUDA=0/1 (override the detection), TORCH_CUDA_ARCH_LIST, MAX_JOBS,
+CXXFLAGS (an -O or -g there replaces -O3, -g0), FASTMIX_CPU_LEVELS="default avx2" (only these instruction levels).
 """
 
 import os
@@ -23,10 +24,12 @@ if os.environ.get("FASTMIX_NO_EXT") != "1":
             "or install without compiled kernels:  FASTMIX_NO_EXT=1 pip install fastmix"
         )
 
+ENVIRONMENT_FLAGS = os.environ.get("CXXFLAGS", "").split()
+OPTIMIZE = [flag for flag in ("-O3", "-g0") if not any(other.startswith(flag[:2]) for other in ENVIRONMENT_FLAGS)]
 STABLE_ABI = ["-DTORCH_TARGET_VERSION=0x020a000000000000"]  # PyTorch 2.10 and later
 CXX_FLAGS = [
     "-std=c++17",
-    "-O3",
+    *OPTIMIZE,
     "-fvisibility=hidden",
     "-ffp-contract=fast",
     "-fno-math-errno",
@@ -38,6 +41,8 @@ CPU_LEVELS = {"default": []}
 if platform.machine() in ("x86_64", "AMD64"):
     CPU_LEVELS["avx2"] = ["-mavx2", "-mfma", "-mf16c"]
     CPU_LEVELS["avx512"] = ["-march=x86-64-v4"]
+if "FASTMIX_CPU_LEVELS" in os.environ:
+    CPU_LEVELS = {level: CPU_LEVELS[level] for level in os.environ["FASTMIX_CPU_LEVELS"].split()}
 
 
 def say(text: str) -> None:
@@ -45,7 +50,9 @@ def say(text: str) -> None:
 
 
 def sources(folder: str, suffix: str) -> list[str]:
-    return sorted(str(path) for path in Path("csrc", folder).glob(f"*{suffix}"))
+    """The largest first: the one that takes longest to compile must not be the last to start."""
+    paths = sorted(Path("csrc", folder).glob(f"*{suffix}"), key=lambda path: path.stat().st_size, reverse=True)
+    return [str(path) for path in paths]
 
 
 def headers() -> list[str]:
@@ -106,7 +113,7 @@ def extensions() -> list:
             include_dirs=[os.path.abspath("csrc")],
             depends=headers(),
             cxx_std=17,
-            extra_compile_args=["-O3", "-pthread"],
+            extra_compile_args=[*OPTIMIZE, "-pthread"],
             extra_link_args=["-pthread"],
             define_macros=[
                 ("FASTMIX_TORCH_VERSION", f'"{torch.__version__}"'),
@@ -120,15 +127,16 @@ def extensions() -> list:
 
 def commands() -> dict:
     class BuildExtension(cpp_extension.BuildExtension):
-        """One object folder per extension: the same sources are built once per instruction level."""
+        """One object folder per extension: the same sources are built once per instruction level.
+
+        It is the same for an editable installation, whose own is a temporary one, and for a wheel, so that each
+        compiles only what has changed.
+        """
 
         def build_extension(self, ext):
-            folder = self.build_temp
-            self.build_temp = os.path.join(folder, ext.name)
-            try:
-                super().build_extension(ext)
-            finally:
-                self.build_temp = folder
+            build = self.get_finalized_command("build")
+            self.build_temp = os.path.join(build.build_base, "objects", ext.name)
+            super().build_extension(ext)
 
         def get_ext_filename(self, ext_name):
             # The op libraries are no Python modules: torch loads them by path.

@@ -17,11 +17,15 @@ from fastmix.benchmarks.harness import difference_of_others
 
 @dataclass(frozen=True)
 class Part:
-    """What accelerate() replaces: a module, or what it does up to its call of `until`, a module inside. x: an input."""
+    """What accelerate() replaces: a module, or what it does up to its call of `until`, a module inside.
+
+    x: an input; arguments: makes what else it is called with, which may depend on whether the model is accelerated.
+    """
 
     module: nn.Module
     x: Tensor
     until: nn.Module | None = None
+    arguments: Callable[[], dict[str, Any]] = dict
 
 
 @dataclass(frozen=True)
@@ -113,7 +117,7 @@ def _run_alone(part: Part, training: bool) -> None:
 
 def _forward(part: Part, x: Tensor) -> Tensor:
     if part.until is None:
-        return part.module(x)
+        return part.module(x, **part.arguments())
     reached = []
 
     def stop(module, inputs):
@@ -121,7 +125,7 @@ def _forward(part: Part, x: Tensor) -> Tensor:
         raise _Reached
 
     with _attached([part.until.register_forward_pre_hook(stop)]), contextlib.suppress(_Reached):
-        part.module(x)
+        part.module(x, **part.arguments())
     return reached[0]
 
 

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from fastmix.benchmarks import models
+from fastmix.benchmarks import attention_models, models
 from fastmix.benchmarks.models import Model, Part
 
 
@@ -100,3 +100,20 @@ def test_a_changed_output_is_no_result():
     )
     with pytest.raises(AssertionError, match=r"output changes by 100\.0%"):
         models.measure_model(model, "cpu", rounds=5)
+
+
+def test_sentence_encoder():
+    """Trained weights on a padded batch; its layers run alone under the model's mask."""
+    if missing := attention_models.cases("cpu", full=False)[0].missing:
+        pytest.skip(missing)
+    model = attention_models.sentence_encoder(3, "cpu")
+    assert len(model.parts) == 6
+    masks = []
+    for change in (model.restore, model.accelerate):
+        change()
+        masks.append(model.parts[0].arguments()["attention_mask"])
+    assert type(masks[0]) is torch.Tensor
+    assert torch.equal(masks[1] & True, masks[0])
+    assert not masks[0].all()
+    figures = models.measure_model(model, "cpu", rounds=1)
+    assert 0 < figures["share"] < 1

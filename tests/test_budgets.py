@@ -84,6 +84,19 @@ grad = torch.ones_like(x).detach()
 print(*(peak(lambda: torch.autograd.grad(call(), leaves, grad)) for call in (fused, eager)))
 """
 
+# T5's attention, forward and backward, with a trained relative bias.
+RELATIVE_BIAS = """
+q, k, v = (torch.randn(1, 12, 1024, 64).to(dtype).requires_grad_() for _ in range(3))
+weight = torch.randn(32, 12, requires_grad=True)
+grad = torch.ones(1, 12, 1024, 64).to(dtype)
+
+def call():
+    output = fastmix.scaled_attention(q, k, v, scale=1.0, relative_bias=fastmix.RelativeBias(weight))
+    torch.autograd.grad(output, (q, k, v, weight), grad)
+
+print(peak(call))
+"""
+
 
 def _measure(script: str, dtype: str) -> list[int]:
     done = subprocess.run([sys.executable, "-c", MEMORY + script, dtype], capture_output=True, text=True)
@@ -110,3 +123,12 @@ def test_memory_of_training_a_token_mlp(needs_kernels, dtype):
     """At most half of what PyTorch's own ops need."""
     fused, eager = _measure(TOKEN_MLP, dtype)
     assert fused <= eager / 2
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_memory_of_training_a_relative_bias(needs_kernels, dtype):
+    """The output, three gradients and tiles; the bias as a matrix would be 48 MiB."""
+    tensor = 12 * 1024 * 64 * getattr(torch, dtype).itemsize
+    (peak,) = _measure(RELATIVE_BIAS, dtype)
+    assert peak <= 4 * tensor + (4 << 20)

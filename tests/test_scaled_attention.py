@@ -382,3 +382,12 @@ def test_nan_in_a_value_stays_in_the_rows_that_attend_to_it(options, dtype):
     assert 0 < attends.sum() < 70
     assert output[attends].isnan().all()
     assert torch.equal(output[~attends], clean[~attends])
+
+
+@pytest.mark.parametrize("bad", _BAD)
+def test_a_value_that_is_not_finite_stays_in_its_channel(bad, needs_kernels):
+    """As in PyTorch's own function, and an infinity stays one."""
+    query, key, value = torch.randn(3, 1, 2, 40, 8)
+    value[0, 1, 17, 5] = bad
+    actual, expected = (f(query=query, key=key, value=value) for f in (fastmix.scaled_attention, _sdpa))
+    torch.testing.assert_close(actual, expected, equal_nan=True)

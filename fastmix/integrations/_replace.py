@@ -29,7 +29,8 @@ class Replacement:
 
     accelerated is a subclass of original, in a module of its own file's top level (so that it pickles), without
     further state. obstacle(module) says why a module of this class can't be replaced, or None. Modules of which
-    concerns(module) is false do another job under the same class, and are passed over.
+    concerns(module) is false do another job under the same class, and are passed over. masks_from is the class of
+    models whose attention implementation decides which masks the modules get (`_masks.py`).
     """
 
     original: type[nn.Module]
@@ -37,6 +38,7 @@ class Replacement:
     what: str
     obstacle: Callable[[nn.Module], str | None] = no_obstacle
     concerns: Callable[[nn.Module], bool] = every_module
+    masks_from: type[nn.Module] | None = None
 
     def __str__(self) -> str:
         return f"{self.original.__name__} → {self.what}"
@@ -68,7 +70,7 @@ def load_replacements(integration: str, peers: Mapping[str, str]) -> tuple[Repla
     """The REPLACEMENTS of an integration's private modules whose peer is installed; peers is module → import name."""
     installed = [module for module, peer in peers.items() if importlib.util.find_spec(peer)]
     if not installed:
-        names = " or ".join(peers.values())
+        names = " or ".join(dict.fromkeys(peers.values()))
         raise ImportError(f"fastmix.integrations.{integration} needs {names}: pip install fastmix[{integration}]")
     modules = [importlib.import_module(f"fastmix.integrations.{name}") for name in installed]
     return tuple(replacement for module in modules for replacement in module.REPLACEMENTS)

@@ -1,12 +1,14 @@
-"""fastmix inside transformers, without touching its code: FNet's Fourier transform, and decoding under a trie."""
+"""fastmix inside transformers, without touching its code: attention, FNet's transform, decoding under a trie."""
 
 from __future__ import annotations
 
+import importlib.util
 from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
 from fastmix.generation import Trie
+from fastmix.integrations._masks import pass_own_masks, pass_structure
 from fastmix.integrations._replace import Replacement, Report, load_replacements, put_back, replace
 from fastmix.integrations._trie_processor import TrieLogitsProcessor
 
@@ -14,7 +16,38 @@ if TYPE_CHECKING:
     from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
     from transformers.utils import ModelOutput
 
-__all__ = ["TrieLogitsProcessor", "accelerate", "generate_with_trie", "restore"]
+__all__ = ["TrieLogitsProcessor", "accelerate", "generate_with_trie", "register", "restore"]
+
+
+def register() -> None:
+    """Makes ``attn_implementation="fastmix"`` known to transformers: :func:`fastmix.scaled_attention`.
+
+    For every model that takes its attention from transformers' registry (``from_pretrained(…,
+    attn_implementation="fastmix")``, ``from_config``, ``model.set_attn_implementation("fastmix")``), by attention
+    function and mask function both. Causal masks, padding on either side or between, sliding windows and static caches
+    reach the kernel as structure: no mask of queries × keys is built, and nothing is read back from a GPU. What is no
+    such band (chunks, packed sequences, a model's own mask function) is a dense bool mask, and so is a structured one
+    that a model computes with. Grouped queries are not repeated; ``scaling``, ``dropout`` (other random
+    numbers than PyTorch's), ``is_causal`` and T5's ``position_bias``, with its gradient, are honoured, and without a
+    mask the module is causal by the same rules as with ``"sdpa"``. Padding queries that attend to nothing give 0.
+
+    Attention sinks, soft-capped scores, head masks and paged caches raise a ValueError in the model's forward.
+    ``output_attentions=True`` warns and gives None, as with ``"sdpa"``. A second call changes nothing.
+
+    Args:
+        None.
+
+    Returns:
+        None.
+
+    Raises:
+        ImportError: transformers is not installed.
+    """
+    if importlib.util.find_spec("transformers") is None:
+        raise ImportError("fastmix.integrations.transformers needs transformers: pip install fastmix[transformers]")
+    from fastmix.integrations import _attention
+
+    _attention.register()
 
 
 def accelerate(model: nn.Module) -> Report:
@@ -22,9 +55,19 @@ def accelerate(model: nn.Module) -> Report:
 
     ``FNetBasicFourierTransform`` becomes :func:`fastmix.fourier_mixing`: the same function, Re(fft2) over tokens and
     channels, also in bfloat16 and float16, in which torch.fft refuses or, under autocast, answers in float32: fastmix
-    keeps the input's dtype. The state dict, the modules' hooks and the model's own code stay as they are;
-    a second call changes nothing, and copies and pickles of the model stay accelerated. Subclasses, and modules
-    whose forward or Fourier transform was exchanged, are left alone.
+    keeps the input's dtype.
+
+    ``T5Attention`` and ``MT5Attention`` give :func:`fastmix.scaled_attention` their table of buckets
+    (:class:`fastmix.RelativeBias`) instead of a bias of queries × keys, and ``RoFormerSelfAttention`` its sines and
+    cosines (:class:`fastmix.Rotary`), rotating by itself only what goes into a cache. If all attention layers of such a
+    model are replaced, its attention implementation becomes ``"fastmix"`` too (:func:`register`), so that masks stay
+    structure; if not, T5's layers compute as before. Projections are called as modules, with their hooks and LoRA.
+    Attention dropout draws other random numbers than PyTorch's; RoFormer's own forward answers where weights are
+    asked for, while T5's are None, as with ``"sdpa"``.
+
+    The state dict, the modules' hooks and the model's own code stay as they are; a second call changes nothing, and
+    copies and pickles of the model stay accelerated. Subclasses, and modules whose forward, Fourier transform or
+    RoFormer's dropout was exchanged, are left alone.
 
     Args:
         model: a transformers model, or any module that contains parts of one.
@@ -38,7 +81,11 @@ def accelerate(model: nn.Module) -> Report:
         ValueError: model has nothing to replace.
         ImportError: transformers is not installed.
     """
-    return replace(model, _replacements(), "transformers models")
+    replacements = _replacements()
+    report = replace(model, replacements, "transformers models")
+    register()
+    pass_structure(model, replacements)
+    return report
 
 
 def restore(model: nn.Module) -> None:
@@ -55,6 +102,7 @@ def restore(model: nn.Module) -> None:
         ImportError: transformers is not installed.
     """
     put_back(model, _replacements())
+    pass_own_masks(model)
 
 
 def generate_with_trie(
@@ -107,4 +155,4 @@ def generate_with_trie(
 
 
 def _replacements() -> tuple[Replacement, ...]:
-    return load_replacements("transformers", {"_fnet": "transformers"})
+    return load_replacements("transformers", dict.fromkeys(("_fnet", "_t5", "_roformer"), "transformers"))

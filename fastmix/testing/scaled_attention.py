@@ -175,7 +175,8 @@ _SIZES = [
     scaled_attention_case("one key", (2, 3, 7, 1, 8), return_lse=True),
     scaled_attention_case("one query", (2, 3, 1, 37, 8)),
     scaled_attention_case("one query, many keys", (2, 4, 1, 700, 64), kv_heads=2),
-    scaled_attention_case("one query, bottom right", (2, 4, 1, 300, 40), kv_heads=1, **_CAUSAL_BOTTOM),
+    scaled_attention_case("one query, bottom right", (2, 4, 1, 300, 40), kv_heads=1, **_CAUSAL_BOTTOM,
+                          return_lse=True),
     *(
         scaled_attention_case(f"{t}x{s}x{d}", (b, h, t, s, d))
         for b, h, t, s, d in [

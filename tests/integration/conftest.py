@@ -132,7 +132,7 @@ def check_accelerated(recorded):
 
 def _values_and_gradients(model, inputs) -> dict[str, torch.Tensor]:
     leaves = {str(i): x.detach().requires_grad_() for i, x in enumerate(inputs) if x.is_floating_point()}
-    leaves |= dict(model.named_parameters())
+    leaves |= {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     torch.manual_seed(0)
     output = model(*(leaves.get(str(i), x) for i, x in enumerate(inputs)))
     draw = torch.randn(output.shape, generator=torch.Generator().manual_seed(1)).bfloat16()
