@@ -1,4 +1,4 @@
-"""Launches of the token-mixing kernels. On the meta device a launch is only noted, for the test that compiles it."""
+"""Launches of the kernels. On the meta device a launch is only noted, for the test that compiles it."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import triton
 from torch import Tensor
 
 _POINTERS = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
+_POINTERS |= {torch.bool: "*i1", torch.int32: "*i32", torch.int64: "*i64"}
 _noted: list[dict[str, object]] = []
 
 
