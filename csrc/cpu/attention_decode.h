@@ -54,7 +54,7 @@ class AttentionDecode {
       if (begin >= columns) continue;
       const Right k = rows_of(a_.key, at, job % a_.hkv, c0, begin, columns, keys, true);
       const Right v = rows_of(a_.value, at, job % a_.hkv, c0, begin, columns, values, false);
-      for (int64_t r = 0; r < count; ++r) multiply_row(q + r * d(), k, begin, columns, scores + r * kScoreStride);
+      multiply_keys(count, q, k, begin, columns, scores);
       for (int64_t h = 0; h < a_.group(); ++h) {
         const Tile tile{a_, at, first_head + h, 0, at.rows, c0, columns};
         tile.finish_scores(scores + h * at.rows * kScoreStride);
@@ -121,18 +121,24 @@ class AttentionDecode {
     return {to, heads.width()};
   }
 
-  // scores[j] ← q·k[j] for j in [begin, end); kTileLanes rows of k at a time, their sums transposed into the lanes.
-  void multiply_row(const float* q, const Right& k, int64_t begin, int64_t end, float* scores) const {
+  // scores[r][j] ← q[r]·k[j] for j in [begin, end); kTileLanes rows of k at a time, their sums transposed into the
+  // lanes.
+  void multiply_keys(int64_t count, const float* q, const Right& k, int64_t begin, int64_t end, float* scores) const {
+    constexpr auto lanes = std::make_integer_sequence<int, kTileLanes>{};
     int64_t j = begin;
     for (; j + kTileLanes <= end; j += kTileLanes) {
-      TileVec sums[kTileLanes];
+      for (int64_t r = 0; r < count; ++r) {
+        TileVec sums[kTileLanes];
 #pragma GCC unroll 16
-      for (int lane = 0; lane < kTileLanes; ++lane) sums[lane] = product(q, k.data + (j + lane) * k.step);
-      store_tile(scores + j, lane_sums<kTileLanes / 2>(sums, std::make_integer_sequence<int, kTileLanes>{}));
+        for (int lane = 0; lane < kTileLanes; ++lane) sums[lane] = product(q + r * d(), k.data + (j + lane) * k.step);
+        store_tile(scores + r * kScoreStride + j, lane_sums<kTileLanes / 2>(sums, lanes));
+      }
     }
     for (; j < end; ++j) {
-      TileVec sums[kTileLanes] = {product(q, k.data + j * k.step)};
-      scores[j] = lane_sums<kTileLanes / 2>(sums, std::make_integer_sequence<int, kTileLanes>{})[0];
+      for (int64_t r = 0; r < count; ++r) {
+        TileVec sums[kTileLanes] = {product(q + r * d(), k.data + j * k.step)};
+        scores[r * kScoreStride + j] = lane_sums<kTileLanes / 2>(sums, lanes)[0];
+      }
     }
   }
 
