@@ -111,6 +111,10 @@ struct Attention {
   uint64_t seed;
 
   int64_t group() const { return h / hkv; }
+  // A job is a sequence's key head. Neighbours differ in the sequence, so that long and short ones mix among threads.
+  int64_t jobs() const { return sequences * hkv; }
+  Sequence sequence_of(int64_t job) const { return sequence(job % sequences); }
+  int64_t key_head(int64_t job) const { return job / sequences; }
   int64_t table_size() const { return std::max<int64_t>(t + s - 1, 0); }
   int64_t table_zero() const { return std::max<int64_t>((bottom_right ? s : t) - 1, 0); }
   // Whether some rows of the output belong to no sequence.

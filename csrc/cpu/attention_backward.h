@@ -22,19 +22,20 @@ class AttentionBackward {
     blocks_ = (a.max_s + kKeyBlock - 1) / kKeyBlock;
     row_blocks_ = (a.max_t + kRowBlock - 1) / kRowBlock;
     // Threads share a job where there are few. The parts of dq depend on the shape alone, and so does the sum.
-    const int64_t jobs = a.sequences * a.hkv;
+    const int64_t jobs = a.jobs();
     parts_ = std::clamp<int64_t>(shares_mask() ? 8 : (7 + jobs) / std::max<int64_t>(jobs, 1), 1,
                                  std::max<int64_t>(blocks_, 1));
     if (g.mask && g.mask.column == 0) parts_ = 1;  // all blocks of keys add to the same elements
   }
 
-  // In which a head's sums lie together.
-  int64_t table_rows_of_head() const { return parts_; }
+  // A head's sums of the bias table lie in so many rows.
+  int64_t table_rows_of_head() const { return a_.sequences * parts_; }
 
   void run() const {
     const double flops = 2.0 * a_.max_t * a_.max_s * a_.group() * (3 * a_.query.size + 2 * a_.value.size);
-    const Jobs jobs{"scaled_attention", a_.sequences * a_.hkv,         round_up(floats(), 16),
-                    scratch_size(),     a_.causal ? flops / 2 : flops, shares_mask()};
+    const Jobs jobs{
+        "scaled_attention", a_.jobs(), round_up(floats(), 16), scratch_size(), a_.causal ? flops / 2 : flops,
+        shares_mask()};
     const int64_t heads = a_.group() * row_blocks_;
     run_jobs(jobs,
              Step{blocks_ + heads,
@@ -88,10 +89,10 @@ class AttentionBackward {
   int64_t scratch_size() const { return 2 * kRowBlock * kScoreStride + kKeyBlock * (d() + dv()) + kDiagonals; }
 
   void pack_keys(int64_t job, int64_t block, float* memory, float* scratch) const {
-    const Sequence at = a_.sequence(job / a_.hkv);
+    const Sequence at = a_.sequence_of(job);
     const Blocks seen = blocks_of(a_, at, 0, at.rows);
     if (block < seen.first || block >= seen.last) return;
-    const int64_t h = job % a_.hkv, c0 = block * kKeyBlock;
+    const int64_t h = a_.key_head(job), c0 = block * kKeyBlock;
     a_.read_keys(at, h, c0, key_rows(memory, block));
     pack_columns(key_rows(memory, block), d(), a_.key.size, kKeyBlock, key_columns(memory, block));
     finite(memory, block) = all_finite(key_rows(memory, block), kKeyBlock * d());
@@ -100,8 +101,8 @@ class AttentionBackward {
   }
 
   void pack_queries(int64_t job, int64_t g, int64_t row_block, float* memory, float* scratch) const {
-    const Sequence at = a_.sequence(job / a_.hkv);
-    const int64_t h = job % a_.hkv * a_.group() + g;
+    const Sequence at = a_.sequence_of(job);
+    const int64_t h = a_.key_head(job) * a_.group() + g;
     const int64_t last = std::min(at.rows, (row_block + 1) * kRowBlock);
     for (int64_t r0 = row_block * kRowBlock; r0 < last; r0 += kLanes) {
       const int64_t rows = std::min<int64_t>(kLanes, last - r0);
@@ -153,7 +154,7 @@ class AttentionBackward {
 
   // dk and dv of a block of keys, and what it adds to dq and to the gradients of the biases.
   void keys(int64_t job, int64_t part, int64_t block, float* memory, float* scratch) const {
-    const Sequence at = a_.sequence(job / a_.hkv);
+    const Sequence at = a_.sequence_of(job);
     float* const weights = scratch;
     float* const ds = weights + kRowBlock * kScoreStride;
     float* const dk = ds + kRowBlock * kScoreStride;
@@ -165,7 +166,7 @@ class AttentionBackward {
         const int64_t rows = std::min(kRowBlock, at.rows - r0),
                       columns = std::min(count, a_.end(at, r0 + rows - 1) - c0);
         if (columns <= 0 || a_.first(at, r0) >= c0 + columns) continue;
-        const Tile tile{a_, at, job % a_.hkv * a_.group() + g, r0, rows, c0, columns};
+        const Tile tile{a_, at, a_.key_head(job) * a_.group() + g, r0, rows, c0, columns};
         const float *const queries = q(memory, g) + r0 * d(), *const grads = grad(memory, g) + r0 * dv();
         for (int64_t c = 0; c < columns; c += kTileColumns) {
           const int64_t n = std::min<int64_t>(kTileColumns, columns - c);
@@ -185,15 +186,16 @@ class AttentionBackward {
         } else {
           multiply_skipping_zeros(rows, d(), columns, {ds, kScoreStride, 1}, k, to, d());
         }
-        if (g_.table) add_to_table(tile, (job * a_.group() + g) * parts_ + part, ds, dvalue + kKeyBlock * dv());
+        if (g_.table)
+          add_to_table(tile, (tile.h * a_.sequences + at.number) * parts_ + part, ds, dvalue + kKeyBlock * dv());
         if (g_.mask) add_to_mask(tile, ds);
       }
     }
     for (int64_t j = 0; j < kKeyBlock && c0 + j < length(at); ++j) {
       float* const row = dk + j * d();
       a_.rotate_key(at, c0 + j, row, -1);
-      g_.dk.write(at.b, job % a_.hkv, at.column0 + c0 + j, row);
-      g_.dv.write(at.b, job % a_.hkv, at.column0 + c0 + j, dvalue + j * dv());
+      g_.dk.write(at.b, a_.key_head(job), at.column0 + c0 + j, row);
+      g_.dv.write(at.b, a_.key_head(job), at.column0 + c0 + j, dvalue + j * dv());
     }
   }
 
@@ -222,8 +224,8 @@ class AttentionBackward {
 
   // dq of a block of rows: the parts' sum, through scale and rotary embedding.
   void queries(int64_t job, int64_t g, int64_t row_block, float* memory, float* scratch) const {
-    const Sequence at = a_.sequence(job / a_.hkv);
-    const int64_t h = job % a_.hkv * a_.group() + g;
+    const Sequence at = a_.sequence_of(job);
+    const int64_t h = a_.key_head(job) * a_.group() + g;
     for (int64_t i = row_block * kRowBlock; i < std::min(at.rows, (row_block + 1) * kRowBlock); ++i) {
       float* const sum = dq(memory, 0, g) + i * d();
       for (int64_t part = 1; part < parts_; ++part) {

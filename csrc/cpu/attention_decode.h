@@ -20,7 +20,7 @@ class AttentionDecode {
     // Reading an element of float32 takes as long as some 40 operations.
     const double flops = static_cast<double>(std::max<int64_t>(2 * rows(), 40)) * a_.max_s * (a_.key.size + dv());
     const int64_t scratch = rows() * (d() + kScoreStride) + kKeyBlock * (d() + dv());
-    const Jobs jobs{"scaled_attention", a_.sequences * a_.hkv, splits() * split_size(), scratch, flops};
+    const Jobs jobs{"scaled_attention", a_.jobs(), splits() * split_size(), scratch, flops};
     run_jobs(jobs,
              Step{splits(), [&](int64_t job, int64_t split, float* memory,
                                 float* scratch) { attend(job, split, memory + split * split_size(), scratch); }},
@@ -41,8 +41,8 @@ class AttentionDecode {
 
   // Row h·T + i is query i of the group's head h.
   void attend(int64_t job, int64_t split, float* memory, float* scratch) const {
-    const Sequence at = a_.sequence(job / a_.hkv);
-    const int64_t count = at.rows * a_.group(), first_head = job % a_.hkv * a_.group();
+    const Sequence at = a_.sequence_of(job);
+    const int64_t count = at.rows * a_.group(), first_head = a_.key_head(job) * a_.group();
     float *const q = scratch, *const scores = q + rows() * d(), *const keys = scores + rows() * kScoreStride;
     float* const values = keys + kKeyBlock * d();
     for (int64_t r = 0; r < count; ++r) a_.read_query(at, first_head + r / at.rows, r % at.rows, q + r * d());
@@ -52,8 +52,8 @@ class AttentionDecode {
     for (int64_t c0 = split * kSplit; c0 < last; c0 += kKeyBlock) {
       const int64_t columns = std::min(kKeyBlock, last - c0), begin = std::max<int64_t>(a_.first(at, 0) - c0, 0);
       if (begin >= columns) continue;
-      const Right k = rows_of(a_.key, at, job % a_.hkv, c0, begin, columns, keys, true);
-      const Right v = rows_of(a_.value, at, job % a_.hkv, c0, begin, columns, values, false);
+      const Right k = rows_of(a_.key, at, a_.key_head(job), c0, begin, columns, keys, true);
+      const Right v = rows_of(a_.value, at, a_.key_head(job), c0, begin, columns, values, false);
       multiply_keys(count, q, k, begin, columns, scores);
       for (int64_t h = 0; h < a_.group(); ++h) {
         const Tile tile{a_, at, first_head + h, 0, at.rows, c0, columns};
@@ -79,7 +79,7 @@ class AttentionDecode {
   }
 
   void join(int64_t job, float* memory) const {
-    const Sequence at = a_.sequence(job / a_.hkv);
+    const Sequence at = a_.sequence_of(job);
     for (int64_t r = 0; r < at.rows * a_.group(); ++r) {
       float max = -kInfinity, sum = 0;
       for (int64_t split = 0; split < splits(); ++split) {
@@ -98,7 +98,7 @@ class AttentionDecode {
       }
       const Vec factor = splat(sum == 0 ? 0.0f : 1 / sum);
       for (int64_t j = 0; j < dv(); j += kLanes) store(row + j, load(row + j) * factor);
-      const int64_t h = job % a_.hkv * a_.group() + r / at.rows, i = at.row0 + r % at.rows;
+      const int64_t h = a_.key_head(job) * a_.group() + r / at.rows, i = at.row0 + r % at.rows;
       output_.write(at.b, h, i, row);
       const double lse = sum == 0 ? -kInfinity : max + std::log(static_cast<double>(sum));
       const int64_t to = (at.b * a_.h + h) * a_.t + i;

@@ -20,18 +20,18 @@ class AttentionForward {
     const double flops = 2.0 * a_.max_t * a_.max_s * a_.group() * (a_.query.size + a_.value.size);
     const int64_t d = a_.query.width(), dv = a_.value.width();
     const int64_t scratch = std::max(kKeyBlock * d, kRowBlock * (d + kScoreStride + dv));
-    const Jobs jobs{"scaled_attention", a_.sequences * a_.hkv, round_up(floats(), 16), scratch,
-                    a_.causal ? flops / 2 : flops};
+    const Jobs jobs{"scaled_attention", a_.jobs(), round_up(floats(), 16), scratch, a_.causal ? flops / 2 : flops};
     // A piece has a block of rows from either end, so that pieces of causal attention are alike.
     const int64_t pairs = (row_blocks() + 1) / 2;
     run_jobs(jobs,
              Step{key_blocks(), [&](int64_t job, int64_t piece, float* memory,
                                     float* scratch) { pack(job, piece, memory, scratch); }},
              Step{a_.group() * pairs, [&](int64_t job, int64_t piece, float* memory, float* scratch) {
-                    const int64_t h = job % a_.hkv * a_.group() + piece / pairs, block = piece % pairs;
+                    const Sequence at = a_.sequence_of(job);
+                    const int64_t h = a_.key_head(job) * a_.group() + piece / pairs, block = piece % pairs;
                     const int64_t mirrored = row_blocks() - 1 - block;
-                    attend(job / a_.hkv, h, block, memory, scratch);
-                    if (mirrored != block) attend(job / a_.hkv, h, mirrored, memory, scratch);
+                    attend(at, h, block, memory, scratch);
+                    if (mirrored != block) attend(at, h, mirrored, memory, scratch);
                   }});
   }
 
@@ -44,18 +44,17 @@ class AttentionForward {
   float& finite(float* memory, int64_t block) const { return memory[key_blocks() * block_size() + block]; }
 
   void pack(int64_t job, int64_t block, float* memory, float* rows) const {
-    const Sequence at = a_.sequence(job / a_.hkv);
+    const Sequence at = a_.sequence_of(job);
     const Blocks seen = blocks_of(a_, at, 0, at.rows);
     if (block < seen.first || block >= seen.last) return;
-    a_.read_keys(at, job % a_.hkv, block * kKeyBlock, rows);
+    a_.read_keys(at, a_.key_head(job), block * kKeyBlock, rows);
     pack_columns(rows, a_.key.width(), a_.key.size, kKeyBlock, keys(memory, block));
     float* const v = values(memory, block);
-    a_.read_values(at, job % a_.hkv, block * kKeyBlock, v);
+    a_.read_values(at, a_.key_head(job), block * kKeyBlock, v);
     finite(memory, block) = all_finite(v, kKeyBlock * a_.value.width());
   }
 
-  void attend(int64_t n, int64_t h, int64_t row_block, float* memory, float* q) const {
-    const Sequence at = a_.sequence(n);
+  void attend(const Sequence& at, int64_t h, int64_t row_block, float* memory, float* q) const {
     const int64_t r0 = row_block * kRowBlock, rows = std::min(kRowBlock, at.rows - r0);
     if (rows <= 0) return;
     const int64_t d = a_.query.width(), dv = a_.value.width();

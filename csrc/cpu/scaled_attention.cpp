@@ -262,9 +262,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> scaled_attention_bwd_
                                nullptr,
                                query_scale_grad ? static_cast<float*>(scales.data_ptr()) : nullptr};
   const AttentionBackward backward(a, gradients);
-  const int64_t rows_of_head = backward.table_rows_of_head(), heads = a.sequences * a.h;
+  const int64_t rows_of_head = backward.table_rows_of_head();
   const int64_t size = bias_grad ? a.table_size() : 0;
-  std::vector<double> tables(heads * rows_of_head * size);
+  std::vector<double> tables(a.h * rows_of_head * size);
   if (bias_grad) gradients.table = tables.data();
   if (dq.numel() + dk.numel() > 0) backward.run();
 
@@ -273,10 +273,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> scaled_attention_bwd_
     auto* to = static_cast<float*>(dtable.data_ptr()) + h * size;
     for (int64_t j = 0; j < size; ++j) {
       double sum = 0;
-      for (int64_t n = 0; n < a.sequences; ++n) {
-        const int64_t first = (n * a.h + h) * rows_of_head;
-        for (int64_t row = first; row < first + rows_of_head; ++row) sum += tables[row * size + j];
-      }
+      for (int64_t row = h * rows_of_head; row < (h + 1) * rows_of_head; ++row) sum += tables[row * size + j];
       to[j] = static_cast<float>(sum);
     }
   }
