@@ -12,7 +12,7 @@ struct AttentionGradients {
   Heads output, grad_output, dq, dk, dv;
   const float *lse, *lse_rest, *grad_lse;  // [B, H, T]; grad_lse may be null
   Mask mask;                               // float32 of the mask's shape, zeroed, or none
-  double* table;                           // [table_rows, T + S - 1], zeroed, or null
+  double* table;                           // AttentionBackward::table_size(), zeroed, or null
   float* query_scale;                      // [B, H, T], zeroed, or null
 };
 
@@ -28,8 +28,26 @@ class AttentionBackward {
     if (g.mask && g.mask.column == 0) parts_ = 1;  // all blocks of keys add to the same elements
   }
 
-  // A head's sums of the bias table lie in so many rows.
-  int64_t table_rows_of_head() const { return a_.sequences * parts_; }
+  // For each head and part the sums of every sequence's diagonals: packed sequences are no longer than all rows and
+  // columns together.
+  int64_t table_size() const { return a_.h * parts_ * diagonals_of_head(); }
+
+  // to [H, T + S - 1] ← the sums over parts and sequences.
+  void sum_table(float* to) const {
+    std::vector<double> sums(a_.table_size());
+    for (int64_t h = 0; h < a_.h; ++h) {
+      std::fill(sums.begin(), sums.end(), 0.0);
+      for (int64_t n = 0; n < a_.sequences; ++n) {
+        const Sequence at = a_.sequence(n);
+        const int64_t first = a_.table_zero() - at.offset - (at.rows - 1);  // of the distance of the first diagonal
+        for (int64_t part = 0; part < parts_; ++part) {
+          const double* from = diagonals(at, h, part);
+          for (int64_t k = 0; k < at.rows + at.columns - 1; ++k) sums[first + k] += from[k];
+        }
+      }
+      std::copy(sums.begin(), sums.end(), to + h * a_.table_size());
+    }
+  }
 
   void run() const {
     const double flops = 2.0 * a_.max_t * a_.max_s * a_.group() * (3 * a_.query.size + 2 * a_.value.size);
@@ -186,8 +204,7 @@ class AttentionBackward {
         } else {
           multiply_skipping_zeros(rows, d(), columns, {ds, kScoreStride, 1}, k, to, d());
         }
-        if (g_.table)
-          add_to_table(tile, (tile.h * a_.sequences + at.number) * parts_ + part, ds, dvalue + kKeyBlock * dv());
+        if (g_.table) add_to_table(tile, part, ds, dvalue + kKeyBlock * dv());
         if (g_.mask) add_to_mask(tile, ds);
       }
     }
@@ -246,18 +263,23 @@ class AttentionBackward {
     }
   }
 
-  // The diagonals' sums first within the tile: a chain of float32 additions stays short.
-  void add_to_table(const Tile& tile, int64_t row, const float* ds, float* diagonals) const {
-    std::fill_n(diagonals, kDiagonals, 0.0f);
+  int64_t diagonals_of_head() const { return (a_.cu_q ? 1 : a_.sequences) * (a_.t + a_.s); }
+  double* diagonals(const Sequence& at, int64_t h, int64_t part) const {
+    const int64_t before = a_.cu_q ? at.row0 + at.column0 : at.number * (a_.t + a_.s);
+    return g_.table + (h * parts_ + part) * diagonals_of_head() + before;
+  }
+
+  // Sums within the tile come first: a chain of float32 additions stays short.
+  void add_to_table(const Tile& tile, int64_t part, const float* ds, float* sums) const {
+    std::fill_n(sums, kDiagonals, 0.0f);
     for (int64_t i = 0; i < tile.rows; ++i) {
-      float* const to = diagonals + kRowBlock - 1 - i;
+      float* const to = sums + kRowBlock - 1 - i;
       for (int64_t j = 0; j < tile.columns; ++j) to[j] += ds[i * kScoreStride + j];
     }
-    const int64_t first = a_.table_zero() + tile.c0 - tile.r0 - tile.at.offset - (kRowBlock - 1);
-    double* const table = g_.table + row * a_.table_size();
-    for (int64_t k = std::max<int64_t>(0, -first); k < std::min(kDiagonals, a_.table_size() - first); ++k) {
-      table[first + k] += diagonals[k];
-    }
+    const int64_t first = tile.c0 - tile.r0 - kRowBlock + tile.at.rows, count = tile.at.rows + tile.at.columns - 1;
+    double* const to = diagonals(tile.at, tile.h, part);
+    for (int64_t k = std::max<int64_t>(0, -first); k < std::min(kDiagonals, count - first); ++k)
+      to[first + k] += sums[k];
   }
 
   void add_to_mask(const Tile& tile, const float* ds) const {

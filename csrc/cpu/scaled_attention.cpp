@@ -262,21 +262,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> scaled_attention_bwd_
                                nullptr,
                                query_scale_grad ? static_cast<float*>(scales.data_ptr()) : nullptr};
   const AttentionBackward backward(a, gradients);
-  const int64_t rows_of_head = backward.table_rows_of_head();
-  const int64_t size = bias_grad ? a.table_size() : 0;
-  std::vector<double> tables(a.h * rows_of_head * size);
-  if (bias_grad) gradients.table = tables.data();
+  std::vector<double> diagonals(bias_grad ? backward.table_size() : 0);
+  if (bias_grad) gradients.table = diagonals.data();
   if (dq.numel() + dk.numel() > 0) backward.run();
 
-  Tensor dtable = zeros(bias_grad ? std::vector<int64_t>{a.h, size} : std::vector<int64_t>{0});
-  for (int64_t h = 0; h < (bias_grad ? a.h : 0); ++h) {
-    auto* to = static_cast<float*>(dtable.data_ptr()) + h * size;
-    for (int64_t j = 0; j < size; ++j) {
-      double sum = 0;
-      for (int64_t row = h * rows_of_head; row < (h + 1) * rows_of_head; ++row) sum += tables[row * size + j];
-      to[j] = static_cast<float>(sum);
-    }
-  }
+  Tensor dtable = zeros(bias_grad ? std::vector<int64_t>{a.h, a.table_size()} : std::vector<int64_t>{0});
+  if (dtable.numel() > 0) backward.sum_table(static_cast<float*>(dtable.data_ptr()));
   Tensor dscale = query_scale_grad ? torch::stable::sum(scales, std::vector<int64_t>{1}) : zeros({0});
   return {dq, dk, dv, mask_grad ? torch::stable::to(dmask, attn_mask->scalar_type()) : dmask, dtable, dscale};
 }
