@@ -57,11 +57,13 @@ test-triton: build
 # Left out where tests are repeated: what reads sources, and what would learn nothing new about the kernels.
 GPU_SOURCE := cuda_emulated beam_search_emulated triton_compile
 PROGRAMS := examples readme $(patsubst tests/test_%.py,%,$(wildcard tests/test_benchmarks*.py))
-ANY_LEVEL := $(GPU_SOURCE) $(PROGRAMS) cli contract trie_builder trie_cli trie_file
+METHODS := $(patsubst tests/test_%.py,%,$(wildcard tests/test_nn_*.py tests/test_generation_*.py))
+ANY_LEVEL := $(GPU_SOURCE) $(PROGRAMS) $(METHODS) cli contract scaled_attention_reference trie_builder trie_cli trie_file
 
-# At the other instruction levels all but what knows no level.
+# At the other instruction levels the ops themselves: what stands on them, models and integrations, knows no level.
 test-default test-avx2: test-%: build
-	ATEN_CPU_CAPABILITY=$* $(PYTEST) tests --ignore tests/triton $(ANY_LEVEL:%=--ignore tests/test_%.py)
+	ATEN_CPU_CAPABILITY=$* $(PYTEST) tests --ignore tests/triton --ignore tests/integration \
+	  $(ANY_LEVEL:%=--ignore tests/test_%.py)
 
 # From the tests' folder, so that the package built into build/ is imported and not the clone.
 test-pure: $(SETUP)
