@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from tritonkernels._attention_bwd import load_statistics, score_gradient
-from tritonkernels._attention_tile import LOG2E, interval, kept, limits_of, load_rows
+from tritonkernels._attention_tile import interval, kept, limits_of, load_rows
 
 
 @triton.jit
@@ -20,6 +20,7 @@ def scaled_attention_dbias_kernel(
     v_ptr,  # [B, H / group, S, DV]
     do_ptr,  # [B, H, T, DV]
     lse_ptr,  # [B, H, T]
+    lse_rest_ptr,  # [B, H, T]
     delta_ptr,  # [B, H, T]
     dbias_ptr,  # [splits, *mask's shape], or [splits, H, diagonals, 2·BLOCK]
     limits_ptr,  # and so on: see scaled_attention_fwd_kernel
@@ -43,6 +44,7 @@ def scaled_attention_dbias_kernel(
     D: tl.constexpr,
     DV: tl.constexpr,
     PRECISION: tl.constexpr,
+    UNIT: tl.constexpr,
     DIAGONAL: tl.constexpr,
     ONE_ROW: tl.constexpr,
     ONE_COLUMN: tl.constexpr,
@@ -90,7 +92,7 @@ def scaled_attention_dbias_kernel(
             query_at = tl.cast(first_query, tl.int64) + first_row
             key_at = tl.cast(first_key, tl.int64) + first_of_keys
             statistics = sample * lse_batch + head_at * T + query_at
-            lse, alive = load_statistics(lse_ptr + statistics, local, inside_rows)
+            lse, lse_rest, alive = load_statistics(lse_ptr, lse_rest_ptr, statistics + local, inside_rows, UNIT)
             delta = tl.load(delta_ptr + statistics + local, mask=alive, other=0.0)
             q = q_ptr + sample * q_batch + head_at * q_head + query_at * q_row
             do = do_ptr + sample * do_batch + head_at * do_head + query_at * do_row
@@ -101,7 +103,7 @@ def scaled_attention_dbias_kernel(
             do = load_rows(do, do_row, local, alive, DV, BLOCK_V, True)
             k = load_rows(k, k_row, local, inside_keys, D, BLOCK_D, True)
             v = load_rows(v, v_row, local, inside_keys, DV, BLOCK_V, True)
-            factor = scale * LOG2E + tl.zeros([BLOCK], tl.float32)
+            factor = scale * UNIT + tl.zeros([BLOCK], tl.float32)
             if query_scale_ptr is not None:
                 at = query_scale_ptr + sample * query_scale_batch + query_at * query_scale_row
                 factor *= tl.load(at + local * query_scale_row, mask=alive, other=0.0)
@@ -114,8 +116,9 @@ def scaled_attention_dbias_kernel(
             if seed_ptr is not None:
                 keep = kept(tl.load(seed_ptr), row, head, n, first_of_keys, drop_below, BLOCK, False)
             _weights, ds = score_gradient(
-                q, k, do, v, factor[:, None], lse[:, None], delta[:, None], key[None, :], low[:, None], high[:, None],
-                mask_rows, mask_column, table_ptr, table_rows, keep, keep_scale, PRECISION, True,
+                q, k, do, v, factor[:, None], lse[:, None], lse_rest[:, None], delta[:, None], key[None, :],
+                low[:, None], high[:, None], mask_rows, mask_column, table_ptr, table_rows, keep, keep_scale,
+                PRECISION, UNIT, True,
             )  # fmt: skip
             acc += ds
     part = tl.cast(split, tl.int64)

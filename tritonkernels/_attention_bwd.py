@@ -9,14 +9,15 @@ import triton
 import triton.language as tl
 
 from tritonkernels._attention_tile import (
-    LOG2E,
     block_intervals,
     edge_tile,
+    exponential,
     far_bias,
     far_tile,
     finite,
     interval,
     kept,
+    less,
     limits_of,
     load_rows,
     locate,
@@ -40,16 +41,16 @@ def operand(x, WIDE: tl.constexpr):
 @triton.jit
 def score_gradient(
     a, b, a_grad, b_grad,  # q, k, dO, v, or for transposed tiles k, q, v, dO
-    row_scale, lse, delta, key, low, high, mask_rows, mask_column, table_ptr, table_rows, keep, keep_scale,
-    PRECISION: tl.constexpr, MASKED: tl.constexpr,
+    row_scale, lse, lse_rest, delta, key, low, high, mask_rows, mask_column, table_ptr, table_rows, keep, keep_scale,
+    PRECISION: tl.constexpr, UNIT: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """P after dropout, and dS, of a tile."""
     products = tl.dot(a, tl.trans(b), input_precision=PRECISION)
     if MASKED:
-        scores = masked_scores(products, row_scale, key, low, high, mask_rows, mask_column, table_ptr, table_rows)
+        scores = masked_scores(products, row_scale, key, low, high, mask_rows, mask_column, table_ptr, table_rows, UNIT)
     else:
         scores = products * row_scale
-    weights = tl.exp2(scores - lse)
+    weights = exponential(scores, lse, lse_rest, UNIT)
     gradient = tl.dot(a_grad, tl.trans(b_grad), input_precision=PRECISION)
     left = weights
     if keep is not None:
@@ -63,10 +64,13 @@ def score_gradient(
 
 
 @triton.jit
-def load_statistics(lse_ptr, row, inside):
-    """log-sum-exp in base 2, for P = 0 in rows that see nothing +inf, and which rows see anything."""
-    lse = tl.load(lse_ptr + row, mask=inside, other=float("-inf"))
-    return tl.where(lse == float("-inf"), float("inf"), lse * LOG2E), lse != float("-inf")
+def load_statistics(lse_ptr, lse_rest_ptr, at, inside, UNIT: tl.constexpr):
+    """log-sum-exp, what is rounded off it, and which rows see anything: the others get 1e38, so that P is 0."""
+    lse = tl.load(lse_ptr + at, mask=inside, other=float("-inf"))
+    alive, rest = lse != float("-inf"), tl.zeros_like(lse)
+    if lse_rest_ptr is not None:
+        rest = tl.load(lse_rest_ptr + at, mask=alive, other=0.0)
+    return tl.where(alive, lse * UNIT, 1e38), rest, alive
 
 
 @triton.jit
@@ -77,6 +81,7 @@ def scaled_attention_dq_kernel(
     do_ptr,  # [B, H, T, DV]
     out_ptr,  # [B, H, T, DV]
     lse_ptr,  # [B, H, T]
+    lse_rest_ptr,  # [B, H, T]
     dlse_ptr,  # [B, H, T]
     dq_ptr,  # [B, T, H, D]
     delta_ptr,  # [B, H, T]
@@ -97,6 +102,7 @@ def scaled_attention_dq_kernel(
     D: tl.constexpr,
     DV: tl.constexpr,
     PRECISION: tl.constexpr,
+    UNIT: tl.constexpr,
     WIDE: tl.constexpr,
     EDGE_STAGES: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -116,14 +122,19 @@ def scaled_attention_dq_kernel(
     sample, first_head, key_head = tl.cast(n, tl.int64), tl.cast(head, tl.int64), tl.cast(head // group, tl.int64)
     row_at, start_key = tl.cast(first_query, tl.int64) + first, tl.cast(first_key, tl.int64)
     statistics = sample * lse_batch + first_head * T + row_at
-    lse, alive = load_statistics(lse_ptr + statistics, local, attends)
+    lse, lse_rest, alive = load_statistics(lse_ptr, lse_rest_ptr, statistics + local, attends, UNIT)
     q = q_ptr + sample * q_batch + first_head * q_head + row_at * q_row
     do = do_ptr + sample * do_batch + first_head * do_head + row_at * do_row
     out = out_ptr + sample * out_batch + first_head * out_head + row_at * out_row
     q = load_rows(q, q_row, local, alive, D, BLOCK_D, True)
     do = load_rows(do, do_row, local, alive, DV, BLOCK_V, True)
     out = load_rows(out, out_row, local, alive, DV, BLOCK_V, True)
-    delta = tl.sum(do.to(tl.float32) * out.to(tl.float32), 1)
+    if UNIT == 1:
+        # Added as dO·vᵀ is: a row that attends to one key alone then has a dS of 0.
+        products = tl.dot(do, tl.trans(out), input_precision=PRECISION)
+        delta = tl.sum(tl.where(local[:, None] == local[None, :], products, 0.0), 1)
+    else:
+        delta = tl.sum(do.to(tl.float32) * out.to(tl.float32), 1)
     if dlse_ptr is not None:
         delta -= tl.load(dlse_ptr + statistics + local, mask=alive, other=0.0)
     tl.store(delta_ptr + statistics + local, delta, mask=exists)
@@ -131,7 +142,7 @@ def scaled_attention_dq_kernel(
     if query_scale_ptr is not None:
         scale_at = query_scale_ptr + sample * query_scale_batch + row_at * query_scale_row + local * query_scale_row
         factor *= tl.load(scale_at, mask=attends, other=0.0)
-    row_scale = (factor * LOG2E)[:, None]
+    row_scale = (factor * UNIT)[:, None]
     table_rows_at = None
     if table_ptr is not None:
         table_rows_at = (head * (T + S - 1) + zero - row_place)[:, None]
@@ -149,9 +160,9 @@ def scaled_attention_dq_kernel(
     )
     EDGES_ONLY: tl.constexpr = mask_ptr is not None
     tiles, full, full_end, some_end = tile_ranges(some, some_end, all_, all_end, EDGES_ONLY, BLOCK_N)
-    near, near_end, bias_before, bias_behind = full, full, 0.0, 0.0
+    near, near_end = full, full
     if table_ptr is not None:
-        band, band_end, bias_before, bias_behind = far_bias(table_ptr, bands_ptr, head, T + S - 1)
+        band, band_end, bias_before, bias_behind = far_bias(table_ptr, bands_ptr, head, T + S - 1, UNIT)
         to_first, to_last = first + offset - zero, last - 1 + offset - zero
         near, near_end = near_tiles(full, full_end, band + to_first, band_end + to_last, BLOCK_N)
 
@@ -160,7 +171,9 @@ def scaled_attention_dq_kernel(
     if not EDGES_ONLY:
         for tile in range(0, (near - full + full_end - near_end) // BLOCK_N):
             start, before = far_tile(tile, full, near, near_end, BLOCK_N)
-            lse_far = lse - tl.where(before, bias_before, bias_behind)
+            lse_far, rest_far = lse, lse_rest
+            if table_ptr is not None:
+                lse_far, rest_far = less(lse, lse_rest, tl.where(before, bias_before, bias_behind))
             at = tl.cast(start, tl.int64)
             k = load_rows(k_at + at * k_row, k_row, column, None, D, BLOCK_D, False)
             v = load_rows(v_at + at * v_row, v_row, column, None, DV, BLOCK_V, False)
@@ -168,8 +181,8 @@ def scaled_attention_dq_kernel(
             if seed_ptr is not None:
                 keep = kept(tl.load(seed_ptr), row, head, n, start, drop_below, BLOCK_N, True)
             _weights, ds = score_gradient(
-                q, k, do, v, row_scale, lse_far[:, None], delta[:, None], None, None, None,
-                None, 0, None, None, keep, keep_scale, PRECISION, False,
+                q, k, do, v, row_scale, lse_far[:, None], rest_far[:, None], delta[:, None], None, None, None,
+                None, 0, None, None, keep, keep_scale, PRECISION, UNIT, False,
             )  # fmt: skip
             ds = ds.to(tl.float32 if WIDE else k.dtype)
             dq = tl.dot(ds, operand(k, WIDE), dq, input_precision=PRECISION)
@@ -184,8 +197,8 @@ def scaled_attention_dq_kernel(
         if seed_ptr is not None:
             keep = kept(tl.load(seed_ptr), row, head, n, start, drop_below, BLOCK_N, True)
         _weights, ds = score_gradient(
-            q, k, do, v, row_scale, lse[:, None], delta[:, None], key[None, :], low, high,
-            mask_rows, mask_column, table_ptr, table_rows_at, keep, keep_scale, PRECISION, True,
+            q, k, do, v, row_scale, lse[:, None], lse_rest[:, None], delta[:, None], key[None, :], low, high,
+            mask_rows, mask_column, table_ptr, table_rows_at, keep, keep_scale, PRECISION, UNIT, True,
         )  # fmt: skip
         ds = ds.to(tl.float32 if WIDE else k.dtype)
         dq = tl.dot(ds, operand(finite(k), WIDE), dq, input_precision=PRECISION)
@@ -233,6 +246,7 @@ def scaled_attention_dkv_kernel(
     v_ptr,  # [B, H / group, S, DV]
     do_ptr,  # [B, H, T, DV]
     lse_ptr,  # [B, H, T]
+    lse_rest_ptr,  # [B, H, T]
     delta_ptr,  # [B, H, T]
     dk_ptr,  # [B, S, H / group, D]
     dv_ptr,  # [B, S, H / group, DV]
@@ -252,6 +266,7 @@ def scaled_attention_dkv_kernel(
     D: tl.constexpr,
     DV: tl.constexpr,
     PRECISION: tl.constexpr,
+    UNIT: tl.constexpr,
     WIDE: tl.constexpr,
     EDGE_STAGES: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -288,10 +303,10 @@ def scaled_attention_dkv_kernel(
         scale_at = query_scale_ptr
         if query_scale_ptr is not None:
             scale_at += sample * query_scale_batch + start_query * query_scale_row
-        near, near_end, bias_before, bias_behind = full, full, 0.0, 0.0
+        near, near_end = full, full
         if table_ptr is not None:
             # Early queries see these keys far behind them, late ones far before.
-            band, band_end, bias_behind, bias_before = far_bias(table_ptr, bands_ptr, head, T + S - 1)
+            band, band_end, bias_behind, bias_before = far_bias(table_ptr, bands_ptr, head, T + S - 1, UNIT)
             before_end, behind_begin = zero + first + 1 - band_end - offset, zero + first + BLOCK_N - band - offset
             near, near_end = near_tiles(full, full_end, before_end, behind_begin, BLOCK_M)
         if not EDGES_ONLY:
@@ -300,7 +315,10 @@ def scaled_attention_dkv_kernel(
                 at = tl.cast(start, tl.int64)
                 q = load_rows(q_at + at * q_row, q_row, query, None, D, BLOCK_D, False)
                 do = load_rows(do_at + at * do_row, do_row, query, None, DV, BLOCK_V, False)
-                lse = tl.load(lse_ptr + statistics + at + query) * LOG2E - tl.where(before, bias_before, bias_behind)
+                always = query >= 0
+                lse, lse_rest, _alive = load_statistics(lse_ptr, lse_rest_ptr, statistics + at + query, always, UNIT)
+                if table_ptr is not None:
+                    lse, lse_rest = less(lse, lse_rest, tl.where(before, bias_before, bias_behind))
                 delta = tl.load(delta_ptr + statistics + at + query)
                 factor = scale + tl.zeros([BLOCK_M], tl.float32)
                 if query_scale_ptr is not None:
@@ -311,8 +329,8 @@ def scaled_attention_dkv_kernel(
                     row = query + start
                     keep = tl.trans(kept(tl.load(seed_ptr), row, head, n, first, drop_below, BLOCK_N, True))
                 weights, ds = score_gradient(
-                    k, q, v, do, (factor * LOG2E)[None, :], lse[None, :], delta[None, :], None, None, None,
-                    None, 0, None, None, keep, keep_scale, PRECISION, False,
+                    k, q, v, do, (factor * UNIT)[None, :], lse[None, :], lse_rest[None, :], delta[None, :],
+                    None, None, None, None, 0, None, None, keep, keep_scale, PRECISION, UNIT, False,
                 )  # fmt: skip
                 dv = tl.dot(weights.to(do.dtype), do, dv, input_precision=PRECISION)
                 if query_scale_ptr is not None:
@@ -322,7 +340,7 @@ def scaled_attention_dkv_kernel(
         for edge in tl.range(0, edges, num_stages=EDGE_STAGES):
             start = edge_tile(edge, tiles, full, near, near_end, full_end, BLOCK_M)
             at, row = tl.cast(start, tl.int64), query + start
-            lse, alive = load_statistics(lse_ptr + statistics + at, query, row < rows)
+            lse, lse_rest, alive = load_statistics(lse_ptr, lse_rest_ptr, statistics + at + query, row < rows, UNIT)
             q = load_rows(q_at + at * q_row, q_row, query, alive, D, BLOCK_D, True)
             do = load_rows(do_at + at * do_row, do_row, query, alive, DV, BLOCK_V, True)
             delta = tl.load(delta_ptr + statistics + at + query, mask=alive, other=0.0)
@@ -343,8 +361,9 @@ def scaled_attention_dkv_kernel(
             if seed_ptr is not None:
                 keep = tl.trans(kept(tl.load(seed_ptr), row, head, n, first, drop_below, BLOCK_N, True))
             weights, ds = score_gradient(
-                k, q, v, do, (factor * LOG2E)[None, :], lse[None, :], delta[None, :], key, low[None, :], high[None, :],
-                mask_rows, mask_column, table_ptr, table_rows_at, keep, keep_scale, PRECISION, True,
+                k, q, v, do, (factor * UNIT)[None, :], lse[None, :], lse_rest[None, :], delta[None, :], key,
+                low[None, :], high[None, :], mask_rows, mask_column, table_ptr, table_rows_at, keep, keep_scale,
+                PRECISION, UNIT, True,
             )  # fmt: skip
             dv = tl.dot(weights.to(do.dtype), do, dv, input_precision=PRECISION)
             if query_scale_ptr is not None:

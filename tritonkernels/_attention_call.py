@@ -15,6 +15,7 @@ from tritonkernels._attention_prepare import (
     scaled_attention_limits_kernel,
     scaled_attention_rotate_kernel,
 )
+from tritonkernels._attention_tile import LOG2E
 from tritonkernels._launch import launch, power_of_two, tf32
 
 MAX_HEAD_SIZE = 256
@@ -61,6 +62,10 @@ class Call:
     @property
     def packed(self) -> bool:
         return self.options.cu_seqlens_q is not None
+
+    @property
+    def half(self) -> bool:
+        return self.query.dtype != torch.float32
 
     @cached_property
     def sequences(self) -> int:
@@ -171,6 +176,7 @@ class Call:
             "D": self.query.shape[3],
             "DV": self.value.shape[3],
             "PRECISION": tf32(self.query.dtype),
+            "UNIT": LOG2E.value if self.half else 1.0,
         }
 
     @cached_property

@@ -9,18 +9,20 @@ import triton
 import triton.language as tl
 
 from tritonkernels._attention_tile import (
-    LOG2E,
     block_intervals,
     edge_tile,
+    exponential,
     far_bias,
     far_tile,
     finite,
     interval,
     kept,
+    less,
     limits_of,
     load_rotated,
     load_rows,
     locate,
+    log_sum_exp,
     masked_scores,
     near_tiles,
     num_edges,
@@ -35,23 +37,29 @@ def _add_tile(
     q, k, v,  # [M, BLOCK_D], [N, BLOCK_D], [N, BLOCK_V]
     row_scale, bias, key, low, high, mask_rows, mask_column, table_ptr, table_rows,
     seed_ptr, row, head, sequence, first_key, drop_below,
-    PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr,
+    PRECISION: tl.constexpr, UNIT: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     products = tl.dot(q, tl.trans(k), input_precision=PRECISION)
     if MASKED:
         scores = masked_scores(
             products, row_scale[:, None], key[None, :], low[:, None], high[:, None],
-            mask_rows, mask_column, table_ptr, table_rows,
+            mask_rows, mask_column, table_ptr, table_rows, UNIT,
         )  # fmt: skip
         now_largest = tl.maximum(largest, tl.max(scores, 1))
         base = tl.where(now_largest == float("-inf"), 0.0, now_largest)
-        weights = tl.exp2(scores - base[:, None])
+        weights = exponential(scores, base[:, None], 0.0, UNIT)
     else:
         # row_scale ≥ 0: the product with it is fused into the exponent.
-        now_largest = tl.maximum(largest, tl.max(products, 1) * row_scale + bias)
+        of_tile = tl.max(products, 1) * row_scale
+        if bias is not None:
+            of_tile += bias
+        now_largest = tl.maximum(largest, of_tile)
         base = now_largest
-        weights = tl.exp2(products * row_scale[:, None] - (base - bias)[:, None])
-    shrink = tl.exp2(largest - base)
+        without_bias, rest = base, tl.zeros_like(base)
+        if bias is not None:
+            without_bias, rest = less(base, rest, bias)
+        weights = exponential(products * row_scale[:, None], without_bias[:, None], rest[:, None], UNIT)
+    shrink = exponential(largest, base, 0.0, UNIT)
     total = total * shrink + tl.sum(weights, 1)
     if MASKED:
         # A value that is not finite reaches the rows that attend to it, and no others.
@@ -71,7 +79,8 @@ def scaled_attention_fwd_kernel(
     k_ptr,  # [B, H / group, S, D]
     v_ptr,  # [B, H / group, S, DV]
     out_ptr,  # [B, T, H, DV], or [splits, B, T, H, DV] unnormalised
-    lse_ptr,  # [B, H, T], or [splits, 2, B, H, T]: largest score in base 2, sum of exponentials
+    lse_ptr,  # [B, H, T], or [splits, 2, B, H, T]: largest score, sum of exponentials
+    lse_rest_ptr,  # [B, H, T]: what float32 rounds off lse
     limits_ptr,  # [N, 8]
     mask_ptr,  # [B, H, T, S], stride 0 where it is broadcast
     table_ptr,  # [H, T + S − 1]: bias of key − place of query, from −zero on
@@ -101,6 +110,7 @@ def scaled_attention_fwd_kernel(
     D: tl.constexpr,
     DV: tl.constexpr,
     PRECISION: tl.constexpr,
+    UNIT: tl.constexpr,
     EDGE_STAGES: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -145,7 +155,7 @@ def scaled_attention_fwd_kernel(
         row_scale *= tl.load(scale_at, mask=attends, other=0.0)
     # The sign goes into the query, exactly, so that the largest product has the largest score.
     q = tl.where(row_scale[:, None] < 0, -q, q)
-    row_scale = tl.abs(row_scale) * LOG2E
+    row_scale = tl.abs(row_scale) * UNIT
     table_rows_at = None
     if table_ptr is not None:
         table_rows_at = ((head + local_head) * (T + S - 1) + zero - row_place)[:, None]
@@ -169,9 +179,9 @@ def scaled_attention_fwd_kernel(
     # The rows of a group have tables of several heads: none of their tiles is far.
     EDGES_ONLY: tl.constexpr = mask_ptr is not None or (GROUPED and table_ptr is not None)
     tiles, full, full_end, some_end = tile_ranges(some, some_end, all_, all_end, EDGES_ONLY, BLOCK_N)
-    near, near_end, bias_before, bias_behind = full, full, 0.0, 0.0
+    near, near_end = full, full
     if table_ptr is not None and not EDGES_ONLY:
-        band, band_end, bias_before, bias_behind = far_bias(table_ptr, bands_ptr, head, T + S - 1)
+        band, band_end, bias_before, bias_behind = far_bias(table_ptr, bands_ptr, head, T + S - 1, UNIT)
         to_first, to_last = first + offset - zero, last - 1 + offset - zero
         near, near_end = near_tiles(full, full_end, band + to_first, band_end + to_last, BLOCK_N)
 
@@ -183,7 +193,9 @@ def scaled_attention_fwd_kernel(
     if not EDGES_ONLY:
         for tile in range(0, (near - full + full_end - near_end) // BLOCK_N):
             start, before = far_tile(tile, full, near, near_end, BLOCK_N)
-            bias = tl.where(before, bias_before, bias_behind)
+            bias = None
+            if table_ptr is not None:
+                bias = tl.where(before, bias_before, bias_behind)
             at, key = tl.cast(start, tl.int64), column + start
             v = load_rows(v_at + at * v_row, v_row, column, None, DV, BLOCK_V, False)
             if ROTATE_KEYS:
@@ -197,7 +209,7 @@ def scaled_attention_fwd_kernel(
             acc, largest, total, poisoned = _add_tile(
                 acc, largest, total, poisoned, q, k, v,
                 row_scale, bias, key, low, high, None, 0, None, None,
-                seed_ptr, row, heads_of_rows, n, start, drop_below, PRECISION, BLOCK_N, False,
+                seed_ptr, row, heads_of_rows, n, start, drop_below, PRECISION, UNIT, BLOCK_N, False,
             )  # fmt: skip
     low, high = tl.maximum(low, some), tl.where(attends, tl.minimum(high, some_end), some)
     edges = num_edges(tiles, full, near, near_end, full_end, some_end, BLOCK_N)
@@ -216,8 +228,8 @@ def scaled_attention_fwd_kernel(
             k = load_rows(k_at + at * k_row, k_row, column, inside, D, BLOCK_D, True)
         acc, largest, total, poisoned = _add_tile(
             acc, largest, total, poisoned, q, k, v,
-            row_scale, 0.0, key, low, high, mask_rows, mask_column, table_ptr, table_rows_at,
-            seed_ptr, row, heads_of_rows, n, start, drop_below, PRECISION, BLOCK_N, True,
+            row_scale, None, key, low, high, mask_rows, mask_column, table_ptr, table_rows_at,
+            seed_ptr, row, heads_of_rows, n, start, drop_below, PRECISION, UNIT, BLOCK_N, True,
         )  # fmt: skip
 
     channel = tl.arange(0, BLOCK_V)[None, :]
@@ -237,8 +249,10 @@ def scaled_attention_fwd_kernel(
         total = tl.where(seen, total, 1.0)
         acc = tl.where(seen[:, None], acc * (keep_scale / total)[:, None], 0.0)
         tl.store(out_ptr + out_row[:, None] + channel, acc.to(out_ptr.dtype.element_ty), mask=inside_out)
-        lse = (largest + tl.log2(total)) / LOG2E
+        lse, rest = log_sum_exp(largest, total, UNIT)
         tl.store(lse_ptr + lse_row, tl.where(seen, lse, float("-inf")), mask=exists)
+        if lse_rest_ptr is not None:
+            tl.store(lse_rest_ptr + lse_row, tl.where(seen, rest, 0.0), mask=exists)
 
 
 @triton.jit
@@ -247,11 +261,13 @@ def scaled_attention_combine_kernel(
     statistics_ptr,  # [splits, 2, B, H, T]
     out_ptr,  # [B, T, H, DV]
     lse_ptr,  # [B, H, T]
+    lse_rest_ptr,  # [B, H, T]
     keep_scale,
     heads,
     T,
     splits,
     count,  # B·H·T
+    UNIT: tl.constexpr,
     DV: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
@@ -266,7 +282,8 @@ def scaled_attention_combine_kernel(
         part_total = tl.load(statistics_ptr + (2 * split + 1) * count + at)
         if part_total != 0:
             now_largest = tl.maximum(largest, part_largest)
-            shrink, grow = tl.exp2(largest - now_largest), tl.exp2(part_largest - now_largest)
+            shrink = exponential(largest, now_largest, 0.0, UNIT)
+            grow = exponential(part_largest, now_largest, 0.0, UNIT)
             part = tl.load(parts_ptr + (split * count + row) * DV + channel, mask=channel < DV, other=0.0)
             acc = acc * shrink + part * grow
             total = total * shrink + part_total * grow
@@ -275,4 +292,7 @@ def scaled_attention_combine_kernel(
     total = tl.where(seen, total, 1.0)
     acc = tl.where(seen, acc * (keep_scale / total), 0.0)
     tl.store(out_ptr + row * DV + channel, acc.to(out_ptr.dtype.element_ty), mask=channel < DV)
-    tl.store(lse_ptr + at, tl.where(seen, (largest + tl.log2(total)) / LOG2E, float("-inf")))
+    lse, rest = log_sum_exp(largest, total, UNIT)
+    tl.store(lse_ptr + at, tl.where(seen, lse, float("-inf")))
+    if lse_rest_ptr is not None:
+        tl.store(lse_rest_ptr + at, tl.where(seen, rest, 0.0))

@@ -2,7 +2,10 @@
 
 The keys that a query attends to are an interval [low, high), whatever structure is asked for, and both ends rise with
 the query: so a block of queries has a range of keys which all its rows see, whose tiles need no mask, and an edge on
-either side. A dense mask makes every tile an edge; a relative bias those near the diagonal. Scores are in base 2.
+either side. A dense mask makes every tile an edge; a relative bias those near the diagonal.
+
+Scores are natural ones times UNIT: beside halves log2(e), which makes them those of base 2; in float32, where rounding
+of that factor and of the log-sum-exp would show, 1, and base 2 comes after the difference.
 """
 
 import triton
@@ -118,12 +121,12 @@ def tile_ranges(some, some_end, all_, all_end, edges_only: tl.constexpr, BLOCK: 
 
 
 @triton.jit
-def far_bias(table_ptr, bands_ptr, head, length):
+def far_bias(table_ptr, bands_ptr, head, length, UNIT: tl.constexpr):
     """Of a head's table: where it first differs from its beginning, from where on it equals its end, both biases."""
     table_ptr += head * length
     return (
         tl.load(bands_ptr + 2 * head), tl.load(bands_ptr + 2 * head + 1),
-        tl.load(table_ptr) * LOG2E, tl.load(table_ptr + length - 1) * LOG2E,
+        tl.load(table_ptr) * UNIT, tl.load(table_ptr + length - 1) * UNIT,
     )  # fmt: skip
 
 
@@ -157,21 +160,49 @@ def num_edges(tiles, full, near, near_end, full_end, end, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def masked_scores(products, row_scale, key, low, high, mask_rows, mask_column, table_ptr, table_rows):
-    """Scores in base 2, −inf where a pair isn't attended; queries along one dimension of the tile, keys the other."""
+def masked_scores(
+    products, row_scale, key, low, high, mask_rows, mask_column, table_ptr, table_rows, UNIT: tl.constexpr
+):
+    """Scores, −inf where a pair isn't attended; queries along one dimension of the tile, keys the other."""
     scores = products * row_scale
     inside = (key >= low) & (key < high)
     if table_ptr is not None:
-        scores += tl.load(table_ptr + table_rows + key, mask=inside, other=0.0) * LOG2E
+        scores += tl.load(table_ptr + table_rows + key, mask=inside, other=0.0) * UNIT
     if mask_rows is not None:
         bias = tl.load(mask_rows + key.to(tl.int64) * mask_column, mask=inside, other=0)
         if bias.dtype.is_floating():
             bias = bias.to(tl.float32)
             inside = inside & (bias != float("-inf"))
-            scores += bias * LOG2E
+            scores += bias * UNIT
         else:
             inside = inside & (bias != 0)
     return tl.where(inside, scores, float("-inf"))
+
+
+@triton.jit
+def exponential(score, base, rest, UNIT: tl.constexpr):
+    """exp(score − base − rest); in base 2 rest is left out."""
+    difference = score - base
+    if UNIT == 1:
+        # Exact for the scores that count.
+        difference = difference * LOG2E - rest * LOG2E
+    return tl.exp2(difference)
+
+
+@triton.jit
+def less(x, rest, y):
+    """x + rest − y as a float32 and what it rounds off."""
+    difference = x - y
+    back = difference - x
+    return difference, rest + ((x - (difference - back)) - (y + back))
+
+
+@triton.jit
+def log_sum_exp(largest, total, UNIT: tl.constexpr):
+    """Natural, of the largest score and the sum of exponentials beside it, and what float32 rounds off."""
+    exact = largest.to(tl.float64) / UNIT + tl.log(total.to(tl.float64))
+    rounded = exact.to(tl.float32)
+    return rounded, (exact - rounded).to(tl.float32)
 
 
 @triton.jit

@@ -59,21 +59,23 @@ def empty_heads(like: Tensor, b: int, h: int, t: int, d: int, clear: bool) -> Te
     return make(b, t, h, d, device=like.device, dtype=like.dtype).transpose(1, 2)
 
 
-def scaled_attention(query: Tensor, key: Tensor, value: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
-    """Output [B, H, T, Dv] and log-sum-exp [B, H, T]; options as `Options` lists them."""
+def scaled_attention(query: Tensor, key: Tensor, value: Tensor, *options: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Output [B, H, T, Dv], log-sum-exp [B, H, T] and for float32 what that rounds off; options: see `Options`."""
     call = Call(by_channels(query), by_channels(key), by_channels(value), Options(*options))
     (b, heads, t, _), s, dv = query.shape, key.shape[2], value.shape[3]
     output = empty_heads(query, b, heads, t, dv, call.packed)
     lse = torch.empty(b, heads, t, device=query.device, dtype=torch.float32)
+    lse_rest = torch.empty(0 if call.half else lse.shape, device=query.device, dtype=torch.float32)
     if call.packed:
         lse.fill_(float("-inf"))
+        lse_rest.zero_()
     if lse.numel() == 0:
-        return output, lse
+        return output, lse, lse_rest
     grouped = t <= _FEW_QUERIES and not call.packed
     block_d, block_v = call.head_blocks
     rows = call.group * t if grouped else triton.cdiv(t, call.sequences if call.packed else 1)
     with_table = call.options.bias_table is not None
-    tiles = forward_tiles(rows, max(block_d, block_v), query.dtype != torch.float32, with_table)
+    tiles = forward_tiles(rows, max(block_d, block_v), call.half, with_table)
     if grouped:
         programs = b * (heads // call.group) * triton.cdiv(rows, tiles.block_m)
         splits, split_keys = splits_of_keys(programs, s, tiles.block_n)
@@ -94,6 +96,7 @@ def scaled_attention(query: Tensor, key: Tensor, value: Tensor, *options: Any) -
         out_ptr=parts,
         out_batch=0 if call.packed else t * heads * dv,
         lse_ptr=statistics,
+        lse_rest_ptr=None if call.half else lse_rest,
         lse_batch=0 if call.packed else heads * t,
         **call.structure,
         **call.rotary,
@@ -119,15 +122,17 @@ def scaled_attention(query: Tensor, key: Tensor, value: Tensor, *options: Any) -
             statistics_ptr=statistics,
             out_ptr=output,
             lse_ptr=lse,
+            lse_rest_ptr=None if call.half else lse_rest,
             keep_scale=call.structure["keep_scale"],
             heads=heads,
             T=t,
             splits=splits,
             count=lse.numel(),
+            UNIT=call.structure["UNIT"],
             DV=dv,
             BLOCK_V=block_v,
         )
-    return output, lse
+    return output, lse, lse_rest
 
 
 def backward_tiles(size: int, half: bool) -> tuple[Tiles, Tiles]:
@@ -152,6 +157,7 @@ def scaled_attention_bwd(
     query_scale: Tensor | None,
     output: Tensor,
     lse: Tensor,
+    lse_rest: Tensor,
     *others: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """dq, dk, dv, and those of attn_mask, bias_table and query_scale, of no elements unless asked for.
@@ -177,15 +183,15 @@ def scaled_attention_bwd(
         call.value,
         call.options,
     )
-    half = query.dtype != torch.float32
     block_d, block_v = call.head_blocks
-    by_queries, by_keys = backward_tiles(max(block_d, block_v), half)
+    by_queries, by_keys = backward_tiles(max(block_d, block_v), call.half)
     shared = {
         **call.tensor("q", rotated.query, "batch head row"),
         **call.tensor("k", rotated.key, "batch head row"),
         **call.tensor("v", call.value, "batch head row"),
         **call.tensor("do", by_channels(grad_output), "batch head row"),
         "lse_ptr": lse,
+        "lse_rest_ptr": None if call.half else lse_rest,
         "delta_ptr": delta,
         "lse_batch": 0 if call.packed else heads * t,
         **call.structure,
@@ -227,8 +233,8 @@ def scaled_attention_bwd(
             BLOCK_N=by_keys.block_n,
         )
     none = query.new_empty(0)
-    dmask = _mask_gradient(call, shared, half) if mask_grad else none
-    dbias = _table_gradient(call, shared, half) if bias_grad else none
+    dmask = _mask_gradient(call, shared) if mask_grad else none
+    dbias = _table_gradient(call, shared) if bias_grad else none
     return dq, dk, dv_, dmask, dbias, by_head.sum(1) if query_scale_grad else none
 
 
@@ -258,33 +264,33 @@ def _add_bias_tiles(
 _BIAS_BLOCK = 64
 
 
-def _mask_gradient(call: Call, shared: dict[str, object], half: bool) -> Tensor:
+def _mask_gradient(call: Call, shared: dict[str, object]) -> Tensor:
     mask = call.options.attn_mask
     (batch, bias_heads, rows, columns), (_, heads, t, _), s = mask.shape, call.query.shape, call.key.shape[2]
     if 0 in (call.query.numel(), s):
         return torch.zeros_like(mask, memory_format=torch.contiguous_format)
-    block = _BIAS_BLOCK if half else _BIAS_BLOCK // 2
+    block = _BIAS_BLOCK if call.half else _BIAS_BLOCK // 2
     programs = batch * bias_heads * triton.cdiv(rows, block) * triton.cdiv(columns, block)
     tiles = (1 if rows == t else triton.cdiv(t, block)) * (1 if columns == s else triton.cdiv(s, block))
     tiles *= (1 if bias_heads == heads else heads) * (1 if batch == call.sequences else call.sequences)
     own = {"bias_batches": batch, "bias_heads": bias_heads, "bias_rows": rows, "bias_columns": columns}
     own |= {"diagonals": 1, "first_diagonal": 0, "DIAGONAL": False, "ONE_ROW": rows == 1, "ONE_COLUMN": columns == 1}
-    return _add_bias_tiles(shared, half, mask.shape, programs, tiles, block, **own).to(mask.dtype)
+    return _add_bias_tiles(shared, call.half, mask.shape, programs, tiles, block, **own).to(mask.dtype)
 
 
-def _table_gradient(call: Call, shared: dict[str, object], half: bool) -> Tensor:
+def _table_gradient(call: Call, shared: dict[str, object]) -> Tensor:
     table = call.options.bias_table
     (heads, length), t, s, zero = table.shape, call.query.shape[2], call.key.shape[2], call.structure["zero"]
     if 0 in (call.query.numel(), s):
         return torch.zeros_like(table, memory_format=torch.contiguous_format)
-    block = _BIAS_BLOCK if half else _BIAS_BLOCK // 2
+    block = _BIAS_BLOCK if call.half else _BIAS_BLOCK // 2
     # Distances −zero … length − zero − 1 lie on these diagonals of tiles and the next.
     first, last = -triton.cdiv(zero, block), (length - zero - 1) // block + 1
     diagonals = last - first + 1
     own = {"bias_batches": 1, "bias_heads": heads, "bias_rows": t, "bias_columns": s}
     own |= {"diagonals": diagonals, "first_diagonal": first, "DIAGONAL": True, "ONE_ROW": False, "ONE_COLUMN": False}
     shape, tiles = (heads, diagonals, 2 * block), call.sequences * triton.cdiv(t, block)
-    sums = _add_bias_tiles(shared, half, shape, heads * diagonals, tiles, block, **own)
+    sums = _add_bias_tiles(shared, call.half, shape, heads * diagonals, tiles, block, **own)
     sums = (sums[:, :-1, block:] + sums[:, 1:, :block]).flatten(1)
     return sums[:, -zero - first * block :][:, :length].contiguous()
 
@@ -305,8 +311,9 @@ def compile_cases(target: int) -> list[dict[str, object]]:
         cases = noted_launches(label, label.startswith("prefix"), scaled_attention, q, k, k, *options)
         if backward:
             grads = [x is not None and x.is_floating_point() for x in options[:3]]
-            out, lse = meta(b, t, heads, d, dtype=dtype).transpose(1, 2), meta(b, heads, t)
-            arguments = (out, None, q, k, k, *options[:3], out, lse, *options[3:], *grads)
+            out = meta(b, t, heads, d, dtype=dtype).transpose(1, 2)
+            lse, lse_rest = meta(b, heads, t), meta(b, heads, t)
+            arguments = (out, None, q, k, k, *options[:3], out, lse, lse_rest, *options[3:], *grads)
             cases += noted_launches(label, label.startswith("prefix"), scaled_attention_bwd, *arguments)
         return cases
 

@@ -157,7 +157,8 @@ def _empty_heads(like: Tensor, b: int, h: int, t: int, d: int) -> Tensor:
 def _(query, key, value, *options):
     b, h, t, _ = query.shape
     lse = query.new_empty(b, h, t, dtype=torch.float32)
-    return _empty_heads(query, b, h, t, value.shape[3]), lse, lse.new_empty(0 if query.is_cuda else lse.shape)
+    without_rest = query.is_cuda and query.dtype != torch.float32
+    return _empty_heads(query, b, h, t, value.shape[3]), lse, lse.new_empty(0 if without_rest else lse.shape)
 
 
 @torch.library.register_fake("fastmix::scaled_attention_bwd")
@@ -206,15 +207,13 @@ differentiate_backward(
 def _scaled_attention_cuda(*arguments):
     from tritonkernels import scaled_attention as triton_kernels
 
-    output, lse = triton_kernels.scaled_attention(*arguments)
-    return output, lse, lse.new_empty(0)
+    return triton_kernels.scaled_attention(*arguments)
 
 
 def _scaled_attention_bwd_cuda(*arguments):
     from tritonkernels import scaled_attention as triton_kernels
 
-    first = 2 + _NUM_TENSORS + 2  # lse_rest
-    return triton_kernels.scaled_attention_bwd(*arguments[:first], *arguments[first + 1 :])
+    return triton_kernels.scaled_attention_bwd(*arguments)
 
 
 _GPU_MAX_HEAD_SIZE = 256
