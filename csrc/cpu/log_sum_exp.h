@@ -11,10 +11,16 @@ namespace fastmix {
 
 inline constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
+// As many 32-bit integers as a vector of so many bytes has; unsigned, whose overflow is defined.
+template <size_t bytes>
+struct Bits {
+  typedef uint32_t type __attribute__((vector_size(bytes)));
+};
+
 // 2^t for t ≤ 0 in any vector of floats, relative error 8e-8; 0 below 2^-125, and NaN stays.
 template <typename V>
 inline V exp2_nonpositive(V t) {
-  using Bits = decltype(t < t);       // as many 32-bit integers
+  using U = typename Bits<sizeof(V)>::type;
   const V shift = V{} + 12582912.0f;  // 1.5 · 2^23 rounds to an integer
   const V rounded = t + shift;
   const V r = t - (rounded - shift);
@@ -24,7 +30,7 @@ inline V exp2_nonpositive(V t) {
   p = p * r + 2.402264791e-1f;
   p = p * r + 6.931472028e-1f;
   p = p * r + 1.0f;
-  const Bits exponent = (reinterpret_cast<Bits>(rounded) << 23) + (127 << 23);
+  const U exponent = (reinterpret_cast<U>(rounded) << 23) + (127u << 23);
   return t < -125.0f ? V{} : p * reinterpret_cast<V>(exponent);
 }
 
