@@ -185,23 +185,22 @@ struct Attention {
     for (int64_t j = 0; j < query.width(); j += kLanes) store(to + j, load(to + j) * factor);
   }
 
-  // Keys [c0, c0 + kKeyBlock) of key head h, rotated; 0 for padding.
+  // Rows [c0, c0 + kKeyBlock) of key head h; keys are rotated, padding is 0.
   void read_keys(const Sequence& at, int64_t h, int64_t c0, float* to) const {
-    for (int64_t j = c0; j < c0 + kKeyBlock; ++j, to += key.width()) {
-      if (j < at.start || j >= at.columns) {
-        std::fill_n(to, key.width(), 0.0f);
-      } else {
-        key.read(at.b, h, at.column0 + j, to);
-        rotate_key(at, j, to);
-      }
+    read_block(at, key, h, c0, to);
+    for (int64_t j = std::max(c0, at.start); j < std::min(c0 + kKeyBlock, at.columns); ++j) {
+      rotate_key(at, j, to + (j - c0) * key.width());
     }
   }
-  void read_values(const Sequence& at, int64_t h, int64_t c0, float* to) const {
-    for (int64_t j = c0; j < c0 + kKeyBlock; ++j, to += value.width()) {
+  void read_values(const Sequence& at, int64_t h, int64_t c0, float* to) const { read_block(at, value, h, c0, to); }
+
+ private:
+  static void read_block(const Sequence& at, const Heads& heads, int64_t h, int64_t c0, float* to) {
+    for (int64_t j = c0; j < c0 + kKeyBlock; ++j, to += heads.width()) {
       if (j < at.start || j >= at.columns) {
-        std::fill_n(to, value.width(), 0.0f);
+        std::fill_n(to, heads.width(), 0.0f);
       } else {
-        value.read(at.b, h, at.column0 + j, to);
+        heads.read(at.b, h, at.column0 + j, to);
       }
     }
   }
