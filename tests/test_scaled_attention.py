@@ -254,6 +254,7 @@ def test_thread_count_and_repetition_change_no_bit(case, dtype, needs_kernels):
     "case",
     [
         scaled_attention_case("several blocks", (1, 2, 520, 530, 64), is_causal=True),
+        # Without gradients: that of one query's 1300 keys exceeds the bound by 4 % (docs/decisions.md, open).
         scaled_attention_case("decoding", (2, 4, 1, 1300, 64), kv_heads=2, fixed=("query", "key", "value")),
         scaled_attention_case(
             "many heads", (6, 12, 40, 50, 32), buckets=8, mask="float", mask_shape=(1, 12, 40, 50), return_lse=True

@@ -3,18 +3,16 @@
 
 #include <torch/csrc/stable/library.h>
 
-#include <atomic>
 #include <tuple>
 
-#include "cpu/scratch.h"
+#include "cpu/jobs.h"
 
 namespace fastmix {
 namespace {
 
 using torch::stable::Tensor;
 
-constexpr double kGrainFlops = 12e6;  // some 120 µs of work, for which waking a sleeping thread pays
-constexpr int64_t kParts = 32;        // partial sums for the gradients of the memory, at most
+constexpr int64_t kParts = 32;  // partial sums for the gradients of the memory, at most
 
 // How the heads of all samples are cut: groups of heads, and pieces (several chunks) within a head. By the shape alone,
 // since a group's piece has sums of its own.

@@ -115,6 +115,8 @@ def band_of(mask_function: Callable) -> Band | None:
     """The band that a mask function of transformers describes, or None if it is something else."""
     if mask_function is causal_mask_function:
         return Band(right=0)
+    # A function that does anything but compare places fails, in one way or another; the dense mask is then made by the
+    # same function on tensors, where an error of its own shows.
     try:
         band = mask_function(None, None, _Place(key=0, query=1), _Place(key=1, query=0))
     except (AttributeError, IndexError, NotImplementedError, RuntimeError, TypeError, ValueError):
