@@ -40,7 +40,7 @@ class Provider:
     """
 
     name: str
-    function: Callable[..., Tensor] | None = None
+    function: Callable[..., Tensor | tuple[Tensor, ...]] | None = None
     missing: str | None = None
     backward: bool = True
     full_only: bool = False
@@ -202,14 +202,19 @@ def summarise(
 
 
 def prepare(
-    function: Callable[..., Tensor], case: Case, inputs: dict[str, Any], grad_output: Tensor | None, mode: str
+    function: Callable[..., Tensor | tuple[Tensor, ...]],
+    case: Case,
+    inputs: dict[str, Any],
+    grad_output: Tensor | None,
+    mode: str,
 ) -> Callable[[], tuple[Tensor, ...]]:
-    """A call of one mode, without arguments: the output, or the gradients of the case's differentiable arguments."""
+    """A call of one mode, without arguments: the outputs, or the gradients of the case's differentiable arguments."""
     if mode == FORWARD:
 
         def forward():
             with torch.no_grad():
-                return (function(**inputs),)
+                outputs = function(**inputs)
+            return (outputs,) if isinstance(outputs, Tensor) else outputs
 
         return forward
     leaves = {name: inputs[name].detach().requires_grad_() for name in case.gradients}

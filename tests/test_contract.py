@@ -16,7 +16,8 @@ import pytest
 import fastmix
 
 ROOT = Path(__file__).parent.parent
-OPS = {"scaled_attention", "token_mixing", "external_attention", "token_conv", "fft_mixing", "beam_search", "grad_norm"}
+OPS = {"scaled_attention", "token_mixing", "external_attention", "token_conv", "fft_mixing", "beam_search"}
+OPS |= {"grad_norm", "conv_grad_norm", "affine_grad_norm", "embedding_grad_norm"}
 METHODS = ("nn", "per_sample", "generation", "losses")  # the folders that stand on the public ops
 SOURCES = ("csrc", "fastmix", "tritonkernels", "benchmarks", "tests", "examples")
 

@@ -17,6 +17,7 @@ WITHOUT_PRODUCTS = {"fourier_mixing_fold_kernel"} | {
     f"token_conv_{part}_kernel" for part in ("shared", "shared_dkernel", "shared_sum", "dynamic", "dynamic_dkernel")
 }
 WITHOUT_PRODUCTS |= {f"token_{part}_kernel" for part in ("statistics", "norm", "norm_bwd", "pack", "factor_bwd")}
+WITHOUT_PRODUCTS |= {"affine_grad_sample_kernel", "linear_grad_norm_choose_kernel", "linear_grad_norm_row_kernel"}
 
 
 @pytest.mark.parametrize("target", [80, 90, 100])

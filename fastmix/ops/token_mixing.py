@@ -307,6 +307,7 @@ def _(grad_output, x, weight, bias, norm_weight, norm_bias, gate, added, scale, 
 
 def _save(ctx, inputs, output):
     ctx.save_for_backward(*inputs[:_NUM_TENSORS], output[1])
+    ctx.mark_non_differentiable(output[1])
     ctx.options = inputs[_NUM_TENSORS + 1 : -1]
     ctx.set_materialize_grads(False)
 

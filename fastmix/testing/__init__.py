@@ -8,4 +8,8 @@ OPS = {
     "token_mixing": "fastmix.testing.token_mixing",
     "external_attention": "fastmix.testing.external_attention",
     "token_conv": "fastmix.testing.token_conv",
+    "grad_norm": "fastmix.testing.grad_norm",
+    "conv_grad_norm": "fastmix.testing.conv_grad_norm",
+    "affine_grad_norm": "fastmix.testing.affine_grad_norm",
+    "embedding_grad_norm": "fastmix.testing.embedding_grad_norm",
 }

@@ -1,0 +1,146 @@
+"""Norms of per-sample gradients: of linear layers, and of whole models beside an ordinary step.
+
+The limit of a whole model is the ordinary step, which the tables show as a yardstick: its time over ours is how much of
+a step norms leave of it.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from fastmix.benchmarks import grad_norm_peers as peers
+from fastmix.benchmarks import per_sample_peers as ways
+from fastmix.benchmarks.grad_norm_models import Setting, cnn_setting, lm_setting, mlp_setting
+from fastmix.benchmarks.harness import BOTH, FORWARD, BenchCase, Provider
+from fastmix.ops.grad_norm import choose
+from fastmix.testing.cases import Case
+from fastmix.testing.grad_norm import linear_case
+
+# B, T, I, O
+Shape = tuple[int, int, int, int]
+SHAPES = ((8, 128, 512, 2048), (4, 512, 512, 2048), (2, 1024, 256, 1024), (64, 1, 1024, 1024))
+GPU_SHAPES = ((8, 4096, 1024, 4096), (16, 1024, 1024, 4096), (64, 256, 1024, 4096), (512, 1, 4096, 4096))
+GRAMS = ((32, 16, 512, 512), (16, 64, 256, 256), (64, 1, 1024, 1024))
+GPU_GRAMS = ((64, 128, 1024, 4096), (256, 1, 4096, 4096))
+
+
+def cases(device: str) -> list[BenchCase]:
+    if device == "cuda":
+        half = torch.bfloat16
+        return [
+            *(make(shape, half) for make in (_norm_sq, _weight_grad) for shape in GPU_SHAPES),
+            *(_gram(shape, half) for shape in GPU_GRAMS),
+            *(make(setting) for setting in _gpu_models() for make in (_norms, _clip)),
+        ]
+    single = torch.float32
+    return [
+        *(make(shape, single) for make in (_norm_sq, _weight_grad) for shape in SHAPES),
+        *(_gram(shape, single) for shape in GRAMS),
+        *(_norms(setting) for setting in _models()),
+        *(_clip(setting) for setting in _models()),
+        *(_model_gram(setting) for setting in _gram_models()),
+    ]
+
+
+def _models() -> tuple[Setting, ...]:
+    texts = (lm_setting(8, 128, 512), lm_setting(4, 512, 512), lm_setting(2, 1024, 256))
+    return (*texts, mlp_setting(64, 1024), cnn_setting(64))
+
+
+def _gpu_models() -> tuple[Setting, ...]:
+    texts = (lm_setting(32, 256, 1024), lm_setting(4, 2048, 1024))
+    return (*texts, mlp_setting(512, 4096), cnn_setting(512))
+
+
+def _gram_models() -> tuple[Setting, ...]:
+    return mlp_setting(64, 1024), mlp_setting(32, 512, 16), mlp_setting(16, 256, 64)
+
+
+# Linear layers
+
+
+def _norm_sq(shape: Shape, dtype: torch.dtype) -> BenchCase:
+    b, t, i, o = shape
+    # Gram form: half of the symmetric a aᵀ and g gᵀ of each sample; direct form: g aᵀ. The backward takes the fewer
+    # operations of (g gᵀ) a, (a aᵀ) g with both squares whole, and of the gradient with a product each.
+    gram = choose(t, i, o) == "gram"
+    forward = b * t * t * (i + o) if gram else 2 * b * t * i * o
+    backward = min(4 * b * t * t * (i + o), 6 * b * t * i * o)
+    read = b * t * (i + o) * dtype.itemsize
+    return BenchCase(
+        linear_case("linear_grad_norm_sq", _name(shape), shape),
+        dtype,
+        moved_bytes={FORWARD: read, BOTH: 3 * read},
+        flops={FORWARD: forward, BOTH: forward + backward},
+        peers=(
+            Provider("einsum, Gram form", peers.ghost_norm_sq),
+            Provider("einsum, gradients", peers.materialised_norm_sq),
+        ),
+        headline=shape == SHAPES[0],
+    )
+
+
+def _weight_grad(shape: Shape, dtype: torch.dtype) -> BenchCase:
+    b, t, i, o = shape
+    return BenchCase(
+        linear_case("linear_weight_grad_with_norm", _name(shape), shape),
+        dtype,
+        # Read the input and the gradient of the output, write dw in float32.
+        moved_bytes={FORWARD: b * t * (i + o) * dtype.itemsize + 4 * i * o},
+        flops={FORWARD: 2 * b * t * i * o},
+        peers=(
+            Provider("mm, without norms", peers.weight_grad, yardstick=True),
+            Provider("mm a sample", peers.looped_weight_grad),
+            Provider("einsum, gradients", peers.materialised_weight_grad),
+            Provider("mm; einsum, Gram form", peers.ghost_weight_grad),
+        ),
+        headline=shape in SHAPES,
+    )
+
+
+def _gram(shape: Shape, dtype: torch.dtype) -> BenchCase:
+    b, t, i, o = shape
+    # Half of a aᵀ and of g gᵀ over all samples' positions; or each sample's gradient, and half of their products.
+    flops = min((b * t) ** 2 * (i + o), b * (2 * t + b) * i * o)
+    return BenchCase(
+        linear_case("linear_grad_gram", _name(shape), shape),
+        dtype,
+        moved_bytes={FORWARD: b * t * (i + o) * dtype.itemsize},
+        flops={FORWARD: flops},
+        peers=(
+            Provider("einsum, gradients", peers.materialised_gram),
+            Provider("mm, pairs of positions", peers.pairwise_gram),
+        ),
+    )
+
+
+def _name(shape: Shape) -> str:
+    return " ".join(f"{letter}{size}" for letter, size in zip("BTIO", shape, strict=True))
+
+
+# Whole models
+
+
+def _norms(setting: Setting) -> BenchCase:
+    return _model_case("grad_norms", setting, ways.our_norms, ways.loop_norms, ways.norm_peers(setting))
+
+
+def _clip(setting: Setting) -> BenchCase:
+    return _model_case("clipped_backward", setting, ways.our_clip, ways.loop_clip, ways.clip_peers(setting))
+
+
+def _model_gram(setting: Setting) -> BenchCase:
+    return _model_case("gram", setting, ways.our_gram, ways.loop_gram, ways.gram_peers(setting))
+
+
+def _model_case(function: str, setting: Setting, ours, specified, peers: tuple[Provider, ...]) -> BenchCase:
+    """A step of the model from its input to all results; no number of operations is the problem's, so no limit."""
+    run, reference = (ways.on_setting(setting, way) for way in (ours, specified))
+    return BenchCase(
+        Case("grad_norm", f"{function} {setting.name}", run, reference, setting.inputs),
+        torch.float32,
+        moved_bytes={},
+        flops={},
+        peers=peers,
+        headline=True,
+    )

@@ -1,0 +1,400 @@
+"""Follows a model's parameters through its forward and collects per-sample gradients in its backward.
+
+While a `Recorder` is active, every PyTorch function that is called reaches `__torch_function__`. Tensors without
+samples (parameters, buffers, constants, and what is computed from them alone) are told from those with samples, whose
+batch dimension is known. Where one without, which needs a gradient, meets one with samples, a parameter is used:
+`_products.py` and `_layers.py` know how for common functions, and any other takes the generic path.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import types
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.overrides import TorchFunctionMode
+from torch.utils.weak import WeakIdKeyDictionary
+
+from fastmix.per_sample._batch import ROWS, Batch, Place, map_tensors, tensors_in
+from fastmix.per_sample._contributions import Contribution, Derived, Generic, Samples, combine
+
+_NOTHING: frozenset[str] = frozenset()
+
+
+class Recorder(TorchFunctionMode):
+    """The uses of a model's parameters, and the norms that its backward found."""
+
+    def __init__(self, model: torch.nn.Module, handlers: dict[Callable, Callable]):
+        super().__init__()
+        self.model, self.handlers = model, handlers
+        self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.batch = Batch()
+        self.closed = False
+        # A tensor without samples → the names of the parameters that it is computed from.
+        self.sources: WeakIdKeyDictionary = WeakIdKeyDictionary()
+        self.computed: WeakIdKeyDictionary = WeakIdKeyDictionary()  # inside the block, with samples
+        self.names: WeakIdKeyDictionary = WeakIdKeyDictionary()
+        for name, tensor in [*model.named_buffers(), *model.named_parameters()]:
+            self.sources[tensor], self.names[tensor] = _NOTHING, name
+        for name, parameter in self.parameters.items():
+            self.sources[parameter] = frozenset((name,))
+        self.uses_expected: dict[str, int] = defaultdict(int)
+        self.observers: list[_Observer] = []
+        # Of the backward that is running
+        self.running = self.retain = self.collecting = self.pulling = False
+        self.fired = False
+        self.norm_sq: dict[str, Tensor] = {}
+        self.methods: dict[str, str] = {}
+        self.uses: dict[str, list[Contribution]] = defaultdict(list)
+
+    # The forward
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if self.running and not torch.is_grad_enabled():
+            return func(*args, **kwargs)  # the backward itself, not a checkpoint's second forward
+        if not torch.is_grad_enabled():
+            return self._count(func, args, kwargs)
+        handler = self.handlers.get(func)
+        if handler is not None:
+            return handler(self, func, *args, **kwargs)
+        return self.follow(func, *args, **kwargs)
+
+    def _count(self, func: Callable, args: tuple, kwargs: dict):
+        """Without gradients: uses still count, since this may be the first forward of a reentrant checkpoint."""
+        tensors = list(tensors_in((args, kwargs)))
+        result = func(*args, **kwargs)
+        if all(tensor in self.sources for tensor in tensors):
+            names = _NOTHING.union(*map(self.sources.get, tensors))
+            for output in tensors_in(result):
+                self.sources[output] = names
+            return result
+        for _ in range(3 if func is F.multi_head_attention_forward else len(list(tensors_in(result)))):
+            self.expect(*tensors)
+        return result
+
+    def see_batch(self, arguments: list) -> None:
+        """The batch is the first dimension of the model's first tensor argument."""
+        tensors = [tensor for tensor in tensors_in(arguments) if tensor.ndim]
+        if not tensors:
+            return
+        size = tensors[0].shape[0]
+        if self.batch.size not in (None, size):
+            raise ValueError(
+                f"the model must be called with batches of one size inside a block, got {size} after {self.batch.size}"
+            )
+        self.batch.size = size
+        for tensor in tensors:
+            if tensor.shape[0] == size and tensor not in self.names:
+                self.sources.pop(tensor, None)  # made inside the block, and no constant
+
+    def follow(self, func: Callable, *args, **kwargs):
+        """Any function: notes what its result is, and takes the generic path where it uses a parameter."""
+        tensors = list(tensors_in((args, kwargs)))
+        with_samples = [tensor for tensor in tensors if self.has_samples(tensor)]
+        if with_samples and any(self.is_target(tensor) for tensor in tensors):
+            return self._generic(func, args, kwargs, with_samples)
+        result = func(*args, **kwargs)
+        changed = [args[0]] if _is_in_place(func) and isinstance(args[0], Tensor) else []
+        outputs = [*tensors_in(result), *changed]
+        if not with_samples:
+            names = _NOTHING.union(*(self.sources.get(tensor, _NOTHING) for tensor in tensors))
+            for output in outputs:
+                self.sources[output] = names
+            return result
+        for output in outputs:
+            if output in self.sources and any(output is tensor for tensor in changed):
+                del self.sources[output]  # samples were written into it
+            self.computed[output] = True
+        self.batch.note(func, args, kwargs, with_samples, outputs)
+        return result
+
+    def has_samples(self, tensor: Tensor) -> bool:
+        if tensor in self.sources:
+            return False
+        batch = self.batch
+        if tensor.requires_grad or tensor in self.computed or batch.inside_attention or batch.size in (None, 0, 1):
+            return True
+        # Else an input of the model without a batch dimension, such as position ids [1, T].
+        return tensor.ndim > 0 and tensor.shape[0] > 1 and tensor.shape[0] % batch.size == 0
+
+    def is_target(self, tensor: Tensor | None) -> bool:
+        """Whether a tensor without samples leads a gradient to parameters, now or in a checkpoint's second forward."""
+        if tensor is None or not self.sources.get(tensor):
+            return False
+        return tensor.requires_grad or not torch.is_grad_enabled()
+
+    def expect(self, *targets: Tensor | None) -> None:
+        """Counts one use of the targets' parameters."""
+        for target in targets if not self.running else ():
+            for name in self.sources[target] if self.is_target(target) else ():
+                self.uses_expected[name] += 1
+
+    def name_of(self, *targets: Tensor | None) -> str:
+        """What an error calls a layer with these parameters, tensors computed from some, or buffers."""
+        names = set()
+        for target in targets:
+            if target is not None:
+                names |= {self.names[target]} if target in self.names else self.sources.get(target, _NOTHING)
+        return " and ".join(map(repr, sorted(names)))
+
+    def no_batch(self, shape: torch.Size, *targets: Tensor | None) -> ValueError:
+        return ValueError(
+            f"the layer of {self.name_of(*targets)} must see the batch, of {self.batch.size} samples, as the first "
+            f"dimension, or rows that a view made of it; got {list(shape)}"
+        )
+
+    def _generic(self, func: Callable, args: tuple, kwargs: dict, with_samples: list[Tensor]):
+        targets, aliases = [], []
+
+        def alias(tensor: Tensor) -> Tensor:
+            # A node of this use's own: the samples' tensors may depend on the same parameter.
+            if not self.is_target(tensor):
+                return tensor
+            targets.append(tensor)
+            aliases.append(tensor.view_as(tensor))
+            return aliases[-1]
+
+        args, kwargs = map_tensors(alias, args), map_tensors(alias, kwargs)
+        result = func(*args, **kwargs)
+        if isinstance(result, (tuple, list)):
+            # One output may be computed from another: its own part of the gradient arrives behind a view.
+            result = map_tensors(lambda output: output.view_as(output) if output.requires_grad else output, result)
+        outputs = [args[0]] if result is None else [output for output in tensors_in(result) if output.requires_grad]
+        used = [get_gradient_edge(tensor) for tensor in aliases]
+        self.batch.note(func, args, kwargs, with_samples, outputs)
+        for output in outputs:
+            place = self._generic_place(func, args, output)
+            if place is None:
+                raise self.no_batch(output.shape, *targets)
+            self.batch.put(output, place)
+            self.expect(*targets)
+            self.observe(output, targets, self._vector_jacobian_products(output, place, targets, used))
+        return result
+
+    def _vector_jacobian_products(self, output: Tensor, place: Place, targets: list[Tensor], used: list[GradientEdge]):
+        edge = get_gradient_edge(output)
+        shapes = [target.shape for target in targets]
+        by_sample = functools.partial(self.batch.by_sample, place=place)
+
+        def vjp(g: Tensor) -> tuple[Tensor | None, ...]:
+            return self.pull([edge], used, g)
+
+        size = self.batch.size
+
+        def contributions(g: Tensor) -> list[Contribution]:
+            return [Generic(g, size, shape, by_sample, vjp, i) for i, shape in enumerate(shapes)]
+
+        return contributions
+
+    def _generic_place(self, func: Callable, args: tuple, output: Tensor) -> Place | None:
+        batch = self.batch
+        if func in (torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu):
+            # Outputs are [T, B, H] or [B, T, H], states [layers, B, H]; the arguments end with batch_first.
+            x = args[0]
+            if x.ndim != 3 or batch.size not in (1, x.shape[0 if args[-1] else 1]) or batch.place(x) != 1 - args[-1]:
+                return None
+            return 0 if args[-1] and output.shape[:2] == x.shape[:2] else 1
+        if batch.inside_attention and func is not torch.cat:
+            if output.ndim and output.shape[0] == batch.size:
+                return 0
+            return ROWS if output.ndim and output.shape[0] % batch.size == 0 else None
+        return batch.place(output)
+
+    def observe(
+        self, output: Tensor, targets: list[Tensor], contributions: Callable[[Tensor], list[Contribution]]
+    ) -> None:
+        """In the backward, contributions(gradient of output) are what this use gives each of the targets."""
+        observer = _Observer(self, targets, contributions)
+        self.observers.append(observer)
+        output.register_hook(observer)
+        output.grad_fn.metadata["fastmix.per_sample"] = self
+
+    # The backward
+
+    def receive(self, target: Tensor, contribution: Contribution, *, need_total: bool) -> Tensor | None:
+        """Takes in what one use gives `target`; returns its summed gradient if that is needed."""
+        self.check_open()
+        self.fired = True
+        names = self.sources[target]
+        (name, *others) = names
+        if not self.collecting and not others and target is self.parameters[name] and self.uses_expected[name] <= 1:
+            if need_total:
+                total, norm_sq = contribution.total_with_norm()
+                self._note(name, norm_sq, contribution.fused)
+                return total.view(target.shape).to(target.dtype)
+            self._note(name, contribution.norm_sq(), contribution.alone)
+            return None
+        for name in names:
+            carried = self._carry(target, contribution, name)
+            if self.collecting or self.uses_expected[name] > 1:
+                self.uses[name].append(carried if self.collecting else _without_graph(carried))
+            else:
+                self._note(name, carried.norm_sq(), carried.alone)
+        total = need_total and not self.collecting
+        return contribution.total().view(target.shape).to(target.dtype) if total else None
+
+    def _carry(self, target: Tensor, contribution: Contribution, name: str) -> Contribution:
+        parameter = self.parameters[name]
+        if target is parameter:
+            return contribution
+
+        isometric = target._base is parameter and parameter.is_contiguous() and _is_injective(target)
+
+        def pull(grad: Tensor) -> Tensor:
+            grad = grad.view(target.shape)
+            if isometric:  # which needs no graph
+                whole = grad.new_zeros(parameter.shape)
+                offset = target.storage_offset() - parameter.storage_offset()
+                whole.as_strided(target.shape, target.stride(), offset).copy_(grad)
+                return whole
+            (found,) = self.pull([target], [parameter], grad.to(target.dtype))
+            return grad.new_zeros(parameter.shape) if found is None else found.to(grad.dtype)
+
+        return Derived(contribution, pull, parameter.shape, isometric)
+
+    def pull(self, outputs: list, inputs: list, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """A vector-Jacobian product through a part of the graph, inside the backward or beside it."""
+        self.pulling = True
+        try:
+            return run_grad(outputs, inputs, [grad], retain_graph=True, allow_unused=True)
+        finally:
+            self.pulling = False
+
+    def _note(self, name: str, norm_sq: Tensor, method: str) -> None:
+        if name in self.norm_sq:
+            raise RuntimeError(f"the backward used {name!r} more often than the forward inside the block")
+        self.norm_sq[name] = norm_sq
+        self.methods[name] = method
+
+    def collect(self, losses: Tensor) -> dict[str, list[Contribution]]:
+        """Name → what the parameter's uses give the gradients of the losses [B]; `.grad` stays as it is."""
+        total = losses.sum()
+        self.uses.clear()
+        self.running = self.retain = self.collecting = True
+        try:
+            with self:  # for the second forward of checkpoints
+                run_grad([total], list(self.parameters.values()), retain_graph=True, allow_unused=True)
+            return dict(self.uses)
+        finally:
+            self.running = self.collecting = self.fired = False
+            self.uses = defaultdict(list)
+
+    @contextlib.contextmanager
+    def at_rest(self) -> Iterator[None]:
+        """For computations of our own, which the forward's bookkeeping must not see."""
+        running, self.running = self.running, True
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            self.running = running
+
+    def follows(self, parameters: dict[str, torch.nn.Parameter]) -> bool:
+        own = self.parameters
+        return own.keys() == parameters.keys() and all(own[name] is parameters[name] for name in own)
+
+    def finish(self) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """Squared norms and methods of the backward that ended, by parameter; the next one starts afresh."""
+        with self.at_rest():
+            for name, uses in self.uses.items():
+                use = combine(uses)
+                self._note(name, use.norm_sq(), use.alone)
+        found = self.norm_sq, self.methods
+        self.norm_sq, self.methods, self.uses = {}, {}, defaultdict(list)
+        self.fired = False
+        if not self.retain:
+            self.batch, self.uses_expected = Batch(), defaultdict(int)
+        return found
+
+    def check_open(self) -> None:
+        if self.closed and not self.collecting:
+            raise RuntimeError(
+                "this backward belongs to a grad_norms block that has ended: call backward inside the block"
+            )
+
+    def release(self) -> None:
+        """Lets go of the graph."""
+        for observer in self.observers:
+            observer.release()
+        self.observers.clear()
+        self.uses.clear()
+
+
+class _Observer:
+    """A hook of a function's output."""
+
+    def __init__(
+        self, recorder: Recorder, targets: list[Tensor], contributions: Callable[[Tensor], list[Contribution]]
+    ):
+        self.recorder, self.targets, self.contributions = recorder, targets, contributions
+
+    def __call__(self, grad: Tensor | None) -> None:
+        if self.recorder.pulling or grad is None:
+            return  # a vector-Jacobian product of our own passes by, or nothing
+        self.recorder.check_open()
+        if self.contributions is None:
+            raise RuntimeError("a second backward through the same graph needs retain_graph=True in the first one")
+        refuse_create_graph()
+        for target, contribution in zip(self.targets, self.contributions(grad), strict=True):
+            self.recorder.receive(target, contribution, need_total=False)
+        if self.recorder.running and not self.recorder.retain:
+            self.release()
+
+    def release(self) -> None:
+        self.targets = self.contributions = None
+
+
+def without_interception(func: types.FunctionType) -> types.FunctionType:
+    """The function's body alone: called with a mode active, the function would only offer itself to the mode."""
+    names = {**func.__globals__, "has_torch_function": lambda _: False}
+    body = types.FunctionType(func.__code__, names, func.__name__, func.__defaults__, func.__closure__)
+    body.__kwdefaults__ = func.__kwdefaults__
+    return body
+
+
+run_backward = without_interception(torch.autograd.backward)
+run_grad = without_interception(torch.autograd.grad)
+
+
+def refuse_create_graph() -> None:
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "create_graph=True is not served inside grad_norms: norms of a second backward are not defined"
+        )
+
+
+def _without_graph(contribution: Contribution) -> Contribution:
+    """What can be evaluated after the backward has freed its graph."""
+    needs_graph = isinstance(contribution, Generic) or (
+        isinstance(contribution, Derived)
+        and not (contribution.isometric and not isinstance(contribution.inner, Generic))
+    )
+    if not needs_graph:
+        return contribution
+    return Samples(torch.stack([contribution.sample(b) for b in range(contribution.batch)]))
+
+
+def _is_injective(view: Tensor) -> bool:
+    """Whether no two elements share memory."""
+    reach = 0
+    for stride, size in sorted(zip(view.stride(), view.shape, strict=True)):
+        if size > 1:
+            if stride <= reach:
+                return False
+            reach += stride * (size - 1)
+    return True
+
+
+def _is_in_place(func: Callable) -> bool:
+    name = getattr(func, "__name__", "")
+    return (name.endswith("_") and not name.endswith("__")) or name == "__setitem__" or name in _IN_PLACE
+
+
+_IN_PLACE = frozenset(f"__{name}__" for name in ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow"))

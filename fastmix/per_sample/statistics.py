@@ -1,0 +1,77 @@
+"""What per-sample gradient norms say about a batch."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from fastmix.per_sample.norms import GradNorms, RecordedNorms
+
+
+def importance_weights(norms: GradNorms) -> Tensor:
+    """Weights of samples that are drawn in proportion to their gradients' norms.
+
+    With p_i = ‖∇L_i‖ / Σ_j ‖∇L_j‖, the least variance that importance sampling of gradients can have, a sample's weight
+    is 1/(B·p_i): Σ over draws of weight·∇L_i / draws estimates the mean gradient without bias. Samples without a
+    gradient are never drawn and have weight 0; if no sample has one, all weights are 1.
+
+    Args:
+        norms: of the B samples.
+
+    Returns:
+        [B].
+
+    Raises:
+        TypeError: norms is no GradNorms.
+        RuntimeError: norms has none yet.
+
+    Zhao and Zhang, Stochastic Optimization with Importance Sampling (arXiv:1401.2753); Katharopoulos and Fleuret, Not
+    All Samples Are Created Equal (arXiv:1803.00942).
+    """
+    _check(norms, GradNorms)
+    total = norms.total
+    sum_ = total.sum()
+    if total.numel() == 0 or sum_ == 0:
+        return torch.ones_like(total)
+    return torch.where(total > 0, sum_ / (len(total) * total), 0.0)
+
+
+def gradient_noise_scale(norms: GradNorms, model: nn.Module) -> Tensor:
+    """The simple noise scale tr(Σ)/‖G‖² of a batch: about the batch size beyond which larger ones stop to pay.
+
+    From the mean of ‖g_i‖² over the B samples and ‖ḡ‖² of their mean gradient ḡ in `.grad`:
+    tr(Σ) = (mean ‖g_i‖² − ‖ḡ‖²)·B/(B − 1) and ‖G‖² = (B·‖ḡ‖² − mean ‖g_i‖²)/(B − 1) are without bias, their ratio is
+    not: average it over many batches. It is negative if the batch shows no gradient beyond noise.
+
+    Args:
+        norms: those of one backward in a `grad_norms` block.
+        model: whose `.grad` holds that backward's gradient and nothing else.
+
+    Returns:
+        A scalar tensor.
+
+    Raises:
+        TypeError: norms is not from a `grad_norms` block.
+        ValueError: norms are of several backwards or of fewer than two samples, or no parameter has a gradient.
+        RuntimeError: norms has none yet.
+
+    McCandlish et al., An Empirical Model of Large-Batch Training (arXiv:1812.06162), appendix A.1.
+    """
+    _check(norms, RecordedNorms)
+    squared = norms.squared
+    b = len(squared)
+    if norms.num_backwards != 1:
+        raise ValueError(f"norms must be those of one backward, got {norms.num_backwards}")
+    if b < 2:
+        raise ValueError(f"norms must be of at least 2 samples, got {b}")
+    grads = [p.grad for p in model.parameters() if p.requires_grad and p.grad is not None]
+    if not grads:
+        raise ValueError("model must hold the gradients of the backward in .grad, got none")
+    mean_sq = sum(grad.to(squared.dtype).square().sum() for grad in grads) * norms.grad_scale**2
+    trace = (squared.mean() - mean_sq) * b / (b - 1)
+    return trace / ((b * mean_sq - squared.mean()) / (b - 1))
+
+
+def _check(norms: object, kind: type) -> None:
+    if not isinstance(norms, kind):
+        raise TypeError(f"norms must be {kind.__name__}, got {type(norms).__name__}")

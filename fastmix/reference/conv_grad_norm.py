@@ -1,0 +1,45 @@
+"""Per-sample gradients of a convolution in plain PyTorch: the specification and the tests' oracle."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastmix.reference._dtypes import compute_dtype
+
+
+def conv_weight_grad_with_norm(
+    input: Tensor,
+    grad_output: Tensor,
+    kernel_size: tuple[int, ...],
+    *,
+    stride: tuple[int, ...],
+    padding: tuple[int, ...],
+    dilation: tuple[int, ...],
+    groups: int = 1,
+    sample_weight: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Σ_b sample_weight_b·dW_b, dW_b [O, I/groups, *kernel_size] the gradient from sample b, and ‖dW_b‖² [B]."""
+    dtype = compute_dtype(input)
+    b, o = grad_output.shape[:2]
+    shape = (o, input.shape[1] // groups, *kernel_size)
+    if grad_output.numel() == 0 or input.numel() == 0:
+        grads = torch.zeros(b, *shape, dtype=dtype, device=input.device)
+    else:
+        # Contiguous, since PyTorch fails on some shapes in its channels-last format.
+        input, grad_output = (tensor.clone(memory_format=torch.contiguous_format) for tensor in (input, grad_output))
+        # The gradient of a convolution in which every sample has channels, and a weight, of its own.
+        weight_grad = (torch.nn.grad.conv1d_weight, torch.nn.grad.conv2d_weight, torch.nn.grad.conv3d_weight)
+        grads = weight_grad[len(kernel_size) - 1](
+            input.to(dtype).reshape(1, -1, *input.shape[2:]),
+            [b * o, *shape[1:]],
+            grad_output.to(dtype).reshape(1, -1, *grad_output.shape[2:]),
+            stride,
+            padding,
+            dilation,
+            b * groups,
+        ).view(b, *shape)
+    norm_sq = grads.flatten(1).square().sum(1)
+    if sample_weight is not None:
+        grads = grads * sample_weight.to(dtype).view(b, *[1] * len(shape))
+    return grads.sum(0), norm_sq
