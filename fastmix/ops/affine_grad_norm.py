@@ -107,9 +107,9 @@ def _(input, grad_output, mean, rstd):
 
 
 def _affine_grad_sample_cuda(input, grad_output, mean, rstd):
-    from tritonkernels import affine_grad_norm as triton_kernels
+    from tritonkernels.affine_grad_norm import affine_grad_sample as kernel
 
-    return triton_kernels.affine_grad_sample(input, grad_output, mean, rstd)
+    return kernel(input, grad_output, mean, rstd)
 
 
 if _library.triton_serves:

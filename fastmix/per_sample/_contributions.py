@@ -73,7 +73,7 @@ class Linear(Contribution):
     def __init__(self, a: Tensor, g: Tensor):
         super().__init__(len(a), torch.Size((g.shape[2], a.shape[2])))
         self.a, self.g = a, g.to(a.dtype)
-        self.alone = choose(a.shape[1], a.shape[2], g.shape[2])
+        self.alone = choose(a.shape[1], a.shape[2], g.shape[2], is_cuda=a.is_cuda)
 
     def total(self, weight: Tensor | None = None) -> Tensor:
         return linear_weight_grad_with_norm(self.a, self.g, sample_weight=weight)[0]
