@@ -57,12 +57,13 @@ test-triton: build
 # Left out where tests are repeated: what reads sources, and what would learn nothing new about the kernels.
 GPU_SOURCE := cuda_emulated beam_search_emulated triton_compile
 PROGRAMS := examples readme $(patsubst tests/test_%.py,%,$(wildcard tests/test_benchmarks*.py))
-METHODS := $(patsubst tests/test_%.py,%,$(wildcard tests/test_nn_*.py tests/test_generation_*.py))
+METHODS := $(patsubst tests/test_%.py,%,$(wildcard tests/test_nn_*.py tests/test_generation_*.py tests/test_per_sample_*.py))
 ANY_LEVEL := $(GPU_SOURCE) $(PROGRAMS) $(METHODS) cli contract scaled_attention_reference trie_builder trie_cli trie_file
 
-# At the other instruction levels the ops themselves: what stands on them, models and integrations, knows no level.
+# At the other instruction levels the ops themselves: what stands on them, models, integrations and compiled programs,
+# knows no level.
 test-default test-avx2: test-%: build
-	ATEN_CPU_CAPABILITY=$* $(PYTEST) tests --ignore tests/triton --ignore tests/integration \
+	ATEN_CPU_CAPABILITY=$* $(PYTEST) tests -k "not compile" --ignore tests/triton --ignore tests/integration \
 	  $(ANY_LEVEL:%=--ignore tests/test_%.py)
 
 # From the tests' folder, so that the package built into build/ is imported and not the clone.
@@ -81,7 +82,7 @@ test-sanitized: $(SETUP)
 	cd tests && files=$$(grep -rl --include "test_*.py" "mark\.kernel" .) && for level in $(SANITIZED_LEVELS); do \
 	  LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 ATEN_CPU_CAPABILITY=$$level \
-	  PYTHONPATH=$(CURDIR)/build/sanitized/lib $(PYTEST) -m kernel $$files || exit 1; \
+	  PYTHONPATH=$(CURDIR)/build/sanitized/lib $(PYTEST) -m kernel -k "not compile" $$files || exit 1; \
 	done
 
 # Every CUDA file compiles where there is no GPU; optimising the code, which nobody runs, would take twice as long.

@@ -17,7 +17,7 @@ from fastmix import _library
 
 _PACKAGE = Path(fastmix.__file__).resolve().parent
 _ROOT = _PACKAGE.parent
-_PEERS = ("numpy", "triton", "transformers", "ducc0", "marisa-trie")
+_PEERS = ("numpy", "triton", "transformers", "ducc0", "marisa-trie", "opacus", "backpack-for-pytorch", "torchjd")
 
 
 def version_of(distribution: str) -> str | None:

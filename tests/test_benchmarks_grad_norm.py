@@ -17,6 +17,9 @@ from fastmix.benchmarks.grad_norm_models import cnn_setting, lm_setting, losses,
 from fastmix.benchmarks.harness import BOTH, FORWARD, OURS
 from fastmix.benchmarks.limits import Limits
 
+# Opacus has hooks on layers whose input needs no gradient.
+pytestmark = pytest.mark.filterwarnings("ignore:Full backward hook is firing")
+
 LIMITS = Limits(copy_gbps=10.0, product_gflops=100.0, exp_gops=1.0)
 MODULES = (bench_grad_norm, bench_conv_grad_norm, bench_affine_grad_norm, bench_embedding_grad_norm)
 PACKAGES = ("opacus", "backpack", "torchjd")

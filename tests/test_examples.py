@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
 
+from fastmix.testing.grad_norm import RELATIVE_ERROR
 from fastmix.testing.parity import GRADIENT_FACTOR, check_parity
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -21,18 +25,30 @@ OPS = {
 }
 
 
-@pytest.fixture(scope="module")
-def digits():
+@contextlib.contextmanager
+def example(name: str, *needed: str) -> Iterator[ModuleType]:
     """The example as a module."""
     if not EXAMPLES.is_dir():
         pytest.skip("not run in a clone")
-    for needed in ("sklearn", "matplotlib"):
-        pytest.importorskip(needed)
-    spec = importlib.util.spec_from_file_location("digits", EXAMPLES / "digits.py")
-    module = sys.modules["digits"] = importlib.util.module_from_spec(spec)
+    for package in needed:
+        pytest.importorskip(package)
+    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     yield module
-    del sys.modules["digits"]
+    del sys.modules[name]
+
+
+@pytest.fixture(scope="module")
+def digits():
+    with example("digits", "sklearn", "matplotlib") as module:
+        yield module
+
+
+@pytest.fixture(scope="module")
+def per_sample_digits():
+    with example("per_sample_digits", "sklearn") as module:
+        yield module
 
 
 @pytest.fixture
@@ -75,3 +91,14 @@ def test_digits_runs_with_and_without_kernels(name, digits, recorded, assert_ker
 
 def test_digits_takes_every_model(digits):
     assert digits.MODELS.keys() == OPS.keys()
+
+
+@pytest.mark.parametrize("name", ["transformer", "cnn"])
+def test_per_sample_digits(name, per_sample_digits, capsys, ordinary_memory, threads_kept):
+    """Norms of the whole epoch are the loop's, and importance sampling by them trains."""
+    run = per_sample_digits.main(["--model", name, "--epochs", "2"])[name]
+    assert f"| {name} " in capsys.readouterr().out
+    assert run.difference <= RELATIVE_ERROR
+    assert run.losses[0] > 2 * run.losses[1] > 2 * run.losses[2]
+    assert all(scale > 0 for scale in run.noise_scales)
+    assert run.accuracy >= 0.85

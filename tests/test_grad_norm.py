@@ -25,7 +25,7 @@ FUNCTIONS = [fastmix.linear_grad_norm_sq, fastmix.linear_weight_grad_with_norm, 
 @pytest.fixture
 def use(monkeypatch):
     """use("gram"), use("direct"): the form for all sizes."""
-    return lambda form: monkeypatch.setattr(grad_norm, "choose", lambda *sizes: form)
+    return lambda form: monkeypatch.setattr(grad_norm, "choose", lambda *sizes, is_cuda=False: form)
 
 
 def _pair(b=3, t=9, i=12, o=8, dtype=torch.float32) -> list[torch.Tensor]:

@@ -26,7 +26,7 @@ WITH_OPTIONS = pytest.mark.parametrize("options", OPTIONS, ids=["bias", "no bias
 @pytest.fixture
 def use(monkeypatch):
     """use("gram"), use("direct"): the form for all sizes."""
-    return lambda form: monkeypatch.setattr(grad_norm, "choose", lambda *sizes: form)
+    return lambda form: monkeypatch.setattr(grad_norm, "choose", lambda *sizes, is_cuda=False: form)
 
 
 def _pair(b=2, t=5, i=4, o=3, dtype=torch.float32) -> tuple[torch.Tensor, torch.Tensor]:

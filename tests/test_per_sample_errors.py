@@ -155,18 +155,27 @@ def test_no_batch_dimension():
         output.sum().backward()
 
 
-def test_positions_first_are_refused():
-    class Sequence(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.layer = nn.TransformerEncoderLayer(8, 2, 12, 0.0)
+@pytest.mark.parametrize("sizes", [(B, 5), (5, 5)], ids=["3 of 5 positions", "5 of 5"])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: nn.LSTM(8, 6),
+        lambda: nn.GRU(8, 6),
+        lambda: nn.TransformerEncoderLayer(8, 2, 12, 0.0),
+        lambda: Attention(8, 2),
+    ],
+    ids=["LSTM", "GRU", "encoder layer", "attention"],
+)
+def test_a_layer_that_takes_positions_first(make, sizes):
+    """Given [B, T, C], a layer without batch_first=True mixes the samples."""
+    model, x = make(), torch.randn(*sizes, 8)
+    with per_sample.grad_norms(model), pytest.raises(ValueError, match="batch"):
+        model(x)
 
-        def forward(self, x):
-            return self.layer(x.transpose(0, 1)).transpose(0, 1)
 
-    model = Sequence()
-    with per_sample.grad_norms(model), pytest.raises(ValueError, match=r"'layer.*3 samples"):
-        model(torch.randn(B, 5, 8))
+class Attention(nn.MultiheadAttention):
+    def forward(self, x):
+        return super().forward(x, x, x)
 
 
 # The losses

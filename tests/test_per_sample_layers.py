@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from fastmix import per_sample
-from fastmix.testing.per_sample import ModelCase, check_case
+from fastmix.testing.per_sample import Expected, ModelCase, check_case, check_norms, weighted_losses
 
 B, T, C, N, V = 3, 5, 4, 7, 11  # samples, positions, channels in and out, vocabulary
 
@@ -258,3 +258,20 @@ def test_a_norm_of_float16_that_float16_does_not_hold():
         (model(x.half()).float() * 50).sum().backward()
     expected = 50 * math.sqrt(N * (C * 100.0**2 + 1))  # 26 thousand, whose square is beyond 65504
     torch.testing.assert_close(norms.squared, torch.full((B,), expected**2))
+
+
+def test_sparse_gradients_stay_sparse():
+    ids = torch.tensor([[1, 4, 4], [0, 0, 2], [4, 1, 3]])
+    model, dense = nn.Embedding(7, C, sparse=True), nn.Embedding(7, C)
+    dense.load_state_dict(model.state_dict())
+    expected = Expected.of(dense, (ids,))
+    with per_sample.grad_norms(model, "sum") as norms:
+        weighted_losses(model, ids).sum().backward()
+    expected.check_norms(norms)
+    assert model.weight.grad.is_sparse
+    torch.testing.assert_close(model.weight.grad.to_dense(), expected.ordinary["weight"])
+
+
+def test_a_table_with_a_largest_norm():
+    ids = torch.tensor([[1, 4, 4], [0, 0, 2], [4, 1, 3]])
+    check_norms(nn.Embedding(7, C, max_norm=1.0), (ids,))

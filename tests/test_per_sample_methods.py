@@ -208,6 +208,24 @@ def test_clipping_through_a_checkpoint(use_reentrant):
     _check_clipped(model, expected, 1.0)
 
 
+def test_clipping_under_autocast():
+    model, x = _draw("tokens")
+
+    def losses(model, x):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=x.dtype != torch.float64):
+            return weighted_losses(model, x)
+
+    expected = Expected.of(model, (x,), losses, dtype=torch.bfloat16)
+    max_norm = float(total_of(expected.oracle).median())
+    with per_sample.grad_norms(model):
+        norms = per_sample.clipped_backward(losses(model, x), model, max_norm)
+    expected.check_norms(norms)
+    oracle, reference = (clipped_sum(grads, max_norm) for grads in (expected.oracle, expected.reference))
+    for name, parameter in model.named_parameters():
+        assert parameter.grad.dtype == torch.float32
+        check_grad(name, parameter.grad.bfloat16(), reference[name].bfloat16(), oracle[name])
+
+
 # Noise
 
 

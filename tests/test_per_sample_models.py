@@ -128,11 +128,15 @@ RECURRENT = [
 LAYER = {"d_model": C, "nhead": 2, "dim_feedforward": 12, "dropout": 0.0}
 TRANSFORMERS = [
     ModelCase(
-        f"encoder layer, {'pre' if norm_first else 'post'}-norm",
-        lambda norm_first=norm_first: nn.TransformerEncoderLayer(**LAYER, norm_first=norm_first, batch_first=True),
+        f"encoder layer, {'pre' if norm_first else 'post'}-norm, {'batch' if batch_first else 'sequence'} first",
+        lambda norm_first=norm_first, batch_first=batch_first: First(
+            nn.TransformerEncoderLayer(**LAYER, norm_first=norm_first, batch_first=batch_first),
+            sequence_first=not batch_first,
+        ),
         floats(B, S, C),
     )
     for norm_first in (False, True)
+    for batch_first in (False, True)
 ]
 TRANSFORMERS += [
     ModelCase(

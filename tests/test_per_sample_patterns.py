@@ -237,18 +237,55 @@ def test_a_frozen_teacher():
     check_norms(model, (torch.randn(B, T, C),), losses=losses)
 
 
-def test_packed_sequences_are_exact_or_refused():
-    class Model(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.rnn = nn.LSTM(C, 5, batch_first=True)
+# Rows whose samples the data decide: exact or refused, never wrong
 
-        def forward(self, x, lengths):
-            packed = nn.utils.rnn.pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)
-            return self.rnn(packed)[1][0][-1]
 
+class Packed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.rnn = nn.LSTM(C, 5, batch_first=True)
+
+    def forward(self, x):
+        lengths = 1 + x[:, :, 0].argmax(1)
+        packed = nn.utils.rnn.pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)
+        return self.rnn(packed)[1][0][-1]
+
+
+class Experts(nn.Module):
+    """Every token goes to one of two layers, with the tokens of all samples that go there."""
+
+    def __init__(self):
+        super().__init__()
+        self.experts = nn.ModuleList(nn.Linear(C, C) for _ in range(2))
+
+    def forward(self, x):
+        rows = x.reshape(-1, C)
+        result = torch.zeros_like(rows)
+        for i, expert in enumerate(self.experts):
+            (chosen,) = torch.where((rows[:, 0] > 0) == bool(i))
+            result.index_add_(0, chosen, expert(rows[chosen]))
+        return result.view_as(x)
+
+
+class Selected(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Linear(C, 2)
+
+    def forward(self, x):
+        result = x.new_zeros(*x.shape[:2], 2)
+        inside = x[..., 0] > 0
+        result[inside] = self.a(x[inside])
+        return result
+
+
+@pytest.mark.parametrize("make", [Packed, Experts, Selected])
+@pytest.mark.parametrize("seed", range(5))  # with as many chosen rows as samples among them
+def test_rows_that_the_data_choose(make, seed):
+    torch.manual_seed(seed)
+    model, x = make(), torch.randn(B, 2, C)
     try:
-        check_norms(Model(), (torch.randn(B, T, C), torch.tensor([6, 2, 4])))
+        check_norms(model, (x,))
     except ValueError as error:
         text = str(error)
     else:

@@ -13,9 +13,9 @@ inline constexpr int64_t kSegment = 512;  // rows multiplied at a time where nor
 
 // How dW and the rows are cut, by the sizes alone, so that sums do not depend on the number of threads.
 struct WeightGradCut {
-  static constexpr int64_t kChunk = 1 << 19;  // floats of packed a
-  static constexpr int64_t kChunkRows = 2048;
-  static constexpr int64_t kTasks = 8;  // at least, if there are as many groups of columns
+  static constexpr int64_t kChunk = 1 << 19;   // floats of packed a
+  static constexpr int64_t kChunkRows = 2048;  // whose columns of g a thread packs
+  static constexpr int64_t kTasks = 8;         // at least, if there are as many groups of columns
 
   int64_t rows;           // of a segment: those of a sample, or, without norms, of any samples
   int64_t segments;       // in all
@@ -112,28 +112,11 @@ struct WeightGrad {
       for (int64_t first = 0; first < cut.segments; first += cut.together) {
         const int64_t segments = std::min(cut.together, cut.segments - first);
         pack_chunk(cut, first, segments, column, columns, chunk.data());
-        for_tasks(cut, 2.0 * static_cast<double>(segments * cut.rows * columns * sizes.out),
-                  [&](int64_t task, float* scratch) {
-                    const int64_t groups = (columns + kTileColumns - 1) / kTileColumns, part = task % cut.parts;
-                    const int64_t begin = part * groups / cut.parts * kTileColumns;
-                    const int64_t end = std::min((part + 1) * groups / cut.parts * kTileColumns, columns);
-                    const int64_t row = task / cut.parts * kBlockOut, out = std::min(kBlockOut, sizes.out - row);
-                    const int64_t g_size = groups_size(kBlockOut, cut.rows);
-                    for (int64_t i = 0; i < segments; ++i)
-                      pack_segment(cut, first + i, row, out, !norm_sq, scratch + i * g_size);
-                    float* const tile = scratch + segments * g_size;
-                    // A group of columns of this part of dW stays in the cache for all segments.
-                    for (int64_t at = begin; at < end; at += kTileColumns) {
-                      const int64_t width = std::min<int64_t>(kTileColumns, end - at);
-                      for (int64_t i = 0; i < segments; ++i) {
-                        double* const sum = norm_sq ? partial.get() + task * sizes.batch + first + i : nullptr;
-                        const float* const packed =
-                            chunk.data() + i * cut.rows * cut.columns + at * rows_of(cut, first + i);
-                        add_segment(cut, first + i, out, width, scratch + i * g_size, packed, sum, tile,
-                                    dw + row * sizes.in + column + at);
-                      }
-                    }
-                  });
+        const double flops = 2.0 * static_cast<double>(segments * cut.rows * columns * sizes.out);
+        for_tasks(cut, flops, [&](int64_t task, float* scratch) {
+          double* const sums = norm_sq ? partial.get() + task * sizes.batch + first : nullptr;
+          add_segments(cut, task, first, segments, column, columns, chunk.data(), sums, scratch);
+        });
       }
     }
     for (int64_t sample = 0; norm_sq && sample < sizes.batch; ++sample) {
@@ -172,11 +155,27 @@ struct WeightGrad {
     });
   }
 
-  void pack_segment(const WeightGradCut& cut, int64_t segment, int64_t row, int64_t out, bool weighs,
-                    float* groups) const {
-    const int64_t first = segment * cut.rows, rows = rows_of(cut, segment);
-    pack_positions(g, first, rows, row, out, groups);
-    if (weighs && sample_weight) weigh(first, rows, out, groups);
+  // A task: what the chunk's segments have of a part of dW; sums: the segments' sums of squares, or null.
+  void add_segments(const WeightGradCut& cut, int64_t task, int64_t first, int64_t segments, int64_t column,
+                    int64_t columns, const float* chunk, double* sums, float* scratch) const {
+    const int64_t groups = (columns + kTileColumns - 1) / kTileColumns, part = task % cut.parts;
+    const int64_t begin = part * groups / cut.parts * kTileColumns;
+    const int64_t end = std::min((part + 1) * groups / cut.parts * kTileColumns, columns);
+    const int64_t row = task / cut.parts * kBlockOut, out = std::min(kBlockOut, sizes.out - row);
+    const int64_t g_size = groups_size(kBlockOut, cut.rows);
+    for (int64_t i = 0; i < segments; ++i) {
+      const int64_t start = (first + i) * cut.rows, rows = rows_of(cut, first + i);
+      pack_positions(g, start, rows, row, out, scratch + i * g_size);
+      if (!sums && sample_weight) weigh(start, rows, out, scratch + i * g_size);
+    }
+    // A group of columns of this part of dW stays in the cache for all segments.
+    for (int64_t at = begin; at < end; at += kTileColumns) {
+      for (int64_t i = 0; i < segments; ++i) {
+        const float* const packed = chunk + i * cut.rows * cut.columns + at * rows_of(cut, first + i);
+        add_segment(cut, first + i, out, std::min<int64_t>(kTileColumns, end - at), scratch + i * g_size, packed,
+                    sums ? sums + i : nullptr, scratch + segments * g_size, dw + row * sizes.in + column + at);
+      }
+    }
   }
 
   // The part of dW [out, columns] of one segment, added to the total; the sum of its squares added to `sum`.

@@ -4,7 +4,6 @@
 #pragma once
 
 #include <type_traits>
-#include <vector>
 
 #include "cpu/dot_tile.h"
 #include "cpu/linear_grad.h"

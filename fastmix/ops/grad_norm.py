@@ -110,8 +110,8 @@ def linear_grad_gram(input: Tensor, grad_output: Tensor, *, bias: bool = True) -
 def choose(t: int, i: int, o: int, *, is_cuda: bool = False) -> str:
     """ "gram" or "direct": how the norms of [B, t, i] inputs and [B, t, o] gradients are computed.
 
-    The symmetric Gram form takes t²·(i + o) operations a sample, the direct one 2·t·i·o. On a CPU the Gram form's run at
-    0.9 of the direct one's rate, and its sums over lanes cost as much as 64 more features.
+    The symmetric Gram form takes t²·(i + o) operations a sample, the direct one 2·t·i·o. On a CPU the Gram form's run
+    at 0.9 of the direct one's rate, and its sums over lanes cost as much as 64 more features.
     """
     if is_cuda:
         return "gram" if t * (i + o) < 2 * i * o else "direct"

@@ -43,6 +43,10 @@ class Contribution:
         grads = torch.stack([self.sample(b).flatten() for b in range(self.batch)])
         return grads @ grads.t()
 
+    def without_graph(self) -> Contribution:
+        """The same, to be evaluated after the backward has freed the graph."""
+        return self
+
 
 class Samples(Contribution):
     """Gradients small enough to be kept: of a bias, of a normalisation layer's scale."""
@@ -171,6 +175,9 @@ class Generic(Contribution):
         self.by_sample(g)[b] = self.by_sample(self.g)[b]
         return self._push(g)
 
+    def without_graph(self) -> Contribution:
+        return Samples(torch.stack([self.sample(b) for b in range(self.batch)]))
+
     def _push(self, g: Tensor) -> Tensor:
         grad = self.vjp(g)[self.index]
         dtype = torch.promote_types(g.dtype, torch.float32)
@@ -199,6 +206,11 @@ class Derived(Contribution):
 
     def gram(self) -> Tensor:
         return self.inner.gram() if self.isometric else super().gram()
+
+    def without_graph(self) -> Contribution:
+        if self.isometric:
+            return Derived(self.inner.without_graph(), self.pull, self.shape, True)
+        return Samples(torch.stack([self.sample(b) for b in range(self.batch)]))
 
 
 class Sum(Contribution):

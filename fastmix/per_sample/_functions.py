@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastmix.per_sample import _layers, _products
-from fastmix.per_sample._recorder import Recorder, without_interception
+from fastmix.per_sample._autograd import without_interception
+from fastmix.per_sample._recorder import Recorder
 
 
 def _multi_head_attention_forward(

@@ -12,9 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastmix.per_sample._autograd import refuse_create_graph
 from fastmix.per_sample._batch import Batch, Place
 from fastmix.per_sample._contributions import Contribution, Conv, Linear, Samples, sum_of
-from fastmix.per_sample._recorder import Recorder, refuse_create_graph
+from fastmix.per_sample._recorder import Recorder
 
 
 class _Product(torch.autograd.Function):

@@ -10,19 +10,20 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import types
+import weakref
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakIdKeyDictionary
 
+from fastmix.per_sample._autograd import nodes_below, refuse_create_graph, run_backward, run_grad
 from fastmix.per_sample._batch import ROWS, Batch, Place, map_tensors, tensors_in
-from fastmix.per_sample._contributions import Contribution, Derived, Generic, Samples, combine
+from fastmix.per_sample._contributions import Contribution, Derived, Generic, combine
 
 _NOTHING: frozenset[str] = frozenset()
 
@@ -44,8 +45,9 @@ class Recorder(TorchFunctionMode):
             self.sources[tensor], self.names[tensor] = _NOTHING, name
         for name, parameter in self.parameters.items():
             self.sources[parameter] = frozenset((name,))
-        self.uses_expected: dict[str, int] = defaultdict(int)
-        self.observers: list[_Observer] = []
+        self.uses_expected: dict[str, int] = defaultdict(int)  # those without gradients too
+        self.uses_recorded: dict[Node, int] = defaultdict(int)
+        self.observers: weakref.WeakSet[_Observer] = weakref.WeakSet()
         # Of the backward that is running
         self.running = self.retain = self.collecting = self.pulling = False
         self.fired = False
@@ -57,14 +59,19 @@ class Recorder(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if self.running and not torch.is_grad_enabled():
-            return func(*args, **kwargs)  # the backward itself, not a checkpoint's second forward
         if not torch.is_grad_enabled():
-            return self._count(func, args, kwargs)
+            return self._in_backward(func, args, kwargs) if self.running else self._count(func, args, kwargs)
         handler = self.handlers.get(func)
         if handler is not None:
             return handler(self, func, *args, **kwargs)
         return self.follow(func, *args, **kwargs)
+
+    def _in_backward(self, func: Callable, args: tuple, kwargs: dict):
+        """The backward itself passes by. A checkpoint's second forward has gradients, and must still be seen."""
+        if func is not torch.autograd.backward:
+            return func(*args, **kwargs)
+        with self:
+            return run_backward(*args, **kwargs)
 
     def _count(self, func: Callable, args: tuple, kwargs: dict):
         """Without gradients: uses still count, since this may be the first forward of a reentrant checkpoint."""
@@ -107,6 +114,8 @@ class Recorder(TorchFunctionMode):
             names = _NOTHING.union(*(self.sources.get(tensor, _NOTHING) for tensor in tensors))
             for output in outputs:
                 self.sources[output] = names
+                if output.grad_fn is not None:
+                    output.grad_fn.metadata["fastmix.sources"] = ", ".join(sorted(names))
             return result
         for output in outputs:
             if output in self.sources and any(output is tensor for tensor in changed):
@@ -135,6 +144,8 @@ class Recorder(TorchFunctionMode):
         for target in targets if not self.running else ():
             for name in self.sources[target] if self.is_target(target) else ():
                 self.uses_expected[name] += 1
+            if torch.is_grad_enabled() and self.is_target(target):
+                self.uses_recorded[get_gradient_edge(target).node] += 1
 
     def name_of(self, *targets: Tensor | None) -> str:
         """What an error calls a layer with these parameters, tensors computed from some, or buffers."""
@@ -204,7 +215,7 @@ class Recorder(TorchFunctionMode):
         if batch.inside_attention and func is not torch.cat:
             if output.ndim and output.shape[0] == batch.size:
                 return 0
-            return ROWS if output.ndim and output.shape[0] % batch.size == 0 else None
+            return ROWS if output.ndim and output.shape[0] % max(batch.size, 1) == 0 else None
         return batch.place(output)
 
     def observe(
@@ -212,7 +223,7 @@ class Recorder(TorchFunctionMode):
     ) -> None:
         """In the backward, contributions(gradient of output) are what this use gives each of the targets."""
         observer = _Observer(self, targets, contributions)
-        self.observers.append(observer)
+        self.observers.add(observer)
         output.register_hook(observer)
         output.grad_fn.metadata["fastmix.per_sample"] = self
 
@@ -234,7 +245,7 @@ class Recorder(TorchFunctionMode):
         for name in names:
             carried = self._carry(target, contribution, name)
             if self.collecting or self.uses_expected[name] > 1:
-                self.uses[name].append(carried if self.collecting else _without_graph(carried))
+                self.uses[name].append(carried if self.collecting else carried.without_graph())
             else:
                 self._note(name, carried.norm_sq(), carried.alone)
         total = need_total and not self.collecting
@@ -276,6 +287,7 @@ class Recorder(TorchFunctionMode):
     def collect(self, losses: Tensor) -> dict[str, list[Contribution]]:
         """Name → what the parameter's uses give the gradients of the losses [B]; `.grad` stays as it is."""
         total = losses.sum()
+        self.check_uses([total])
         self.uses.clear()
         self.running = self.retain = self.collecting = True
         try:
@@ -285,6 +297,24 @@ class Recorder(TorchFunctionMode):
         finally:
             self.running = self.collecting = self.fired = False
             self.uses = defaultdict(list)
+
+    def check_uses(self, outputs: Sequence[Tensor]) -> None:
+        """Raises if a tensor without samples leads to the outputs in a way that was not recorded."""
+        if not self.uses_recorded:
+            return  # a second backward through the same graph
+        followed = {get_gradient_edge(parameter).node: name for name, parameter in self.parameters.items()}
+        found: dict[Node, int] = defaultdict(int)
+        for node in nodes_below(outputs, lambda node: "fastmix.sources" in node.metadata):
+            for parent, _ in node.next_functions:
+                if parent in followed or (parent is not None and "fastmix.sources" in parent.metadata):
+                    found[parent] += 1
+        for node, count in found.items():
+            if count > self.uses_recorded[node]:
+                name = followed.get(node) or node.metadata["fastmix.sources"]
+                raise RuntimeError(
+                    f"a use of {name!r} was not recorded: a parameter must reach the loss through PyTorch's functions, "
+                    "called inside the block; an autograd Function of one's own or a scripted one hides it"
+                )
 
     @contextlib.contextmanager
     def at_rest(self) -> Iterator[None]:
@@ -310,7 +340,7 @@ class Recorder(TorchFunctionMode):
         self.norm_sq, self.methods, self.uses = {}, {}, defaultdict(list)
         self.fired = False
         if not self.retain:
-            self.batch, self.uses_expected = Batch(), defaultdict(int)
+            self.batch, self.uses_expected, self.uses_recorded = Batch(), defaultdict(int), defaultdict(int)
         return found
 
     def check_open(self) -> None:
@@ -349,36 +379,6 @@ class _Observer:
 
     def release(self) -> None:
         self.targets = self.contributions = None
-
-
-def without_interception(func: types.FunctionType) -> types.FunctionType:
-    """The function's body alone: called with a mode active, the function would only offer itself to the mode."""
-    names = {**func.__globals__, "has_torch_function": lambda _: False}
-    body = types.FunctionType(func.__code__, names, func.__name__, func.__defaults__, func.__closure__)
-    body.__kwdefaults__ = func.__kwdefaults__
-    return body
-
-
-run_backward = without_interception(torch.autograd.backward)
-run_grad = without_interception(torch.autograd.grad)
-
-
-def refuse_create_graph() -> None:
-    if torch.is_grad_enabled():
-        raise RuntimeError(
-            "create_graph=True is not served inside grad_norms: norms of a second backward are not defined"
-        )
-
-
-def _without_graph(contribution: Contribution) -> Contribution:
-    """What can be evaluated after the backward has freed its graph."""
-    needs_graph = isinstance(contribution, Generic) or (
-        isinstance(contribution, Derived)
-        and not (contribution.isometric and not isinstance(contribution.inner, Generic))
-    )
-    if not needs_graph:
-        return contribution
-    return Samples(torch.stack([contribution.sample(b) for b in range(contribution.batch)]))
 
 
 def _is_injective(view: Tensor) -> bool:

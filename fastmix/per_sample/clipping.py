@@ -6,11 +6,11 @@ from collections import defaultdict
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import Node
 
 from fastmix.ops._check import check_choice, check_float
+from fastmix.per_sample._autograd import nodes_below, run_backward, run_grad
 from fastmix.per_sample._contributions import Contribution, combine
-from fastmix.per_sample._recorder import Recorder, run_backward, run_grad
+from fastmix.per_sample._recorder import Recorder
 from fastmix.per_sample.norms import GradNorms, check_losses
 
 
@@ -169,17 +169,10 @@ class _PerSampleGradients:
 
 def _recorder_of(losses: Tensor, parameters: dict[str, nn.Parameter]) -> Recorder | None:
     """The recorder in whose block the losses' forward ran, if it follows these parameters."""
-    pending: list[Node | None] = [losses.grad_fn]
-    seen = set()
-    while pending:
-        node = pending.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
+    for node in nodes_below([losses]):
         recorder = node.metadata.get("fastmix.per_sample")
         if recorder is not None and recorder.follows(parameters):
             return recorder
-        pending.extend(parent for parent, _ in node.next_functions)
     return None
 
 

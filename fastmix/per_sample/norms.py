@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from fastmix.ops._check import check_choice
+from fastmix.per_sample._autograd import run_backward
 from fastmix.per_sample._functions import HANDLERS
-from fastmix.per_sample._recorder import Recorder, run_backward
+from fastmix.per_sample._recorder import Recorder
 
 # Parameters of the models that a block is open for.
 _recorded: WeakIdKeyDictionary = WeakIdKeyDictionary()
@@ -125,6 +126,7 @@ class RecordedNorms(GradNorms):
                 "a second backward in one grad_norms block: open a block for each, or pass accumulate=True to append "
                 "its samples"
             )
+        recorder.check_uses([tensors] if isinstance(tensors, Tensor) else tensors)
         recorder.running, recorder.retain = True, bool(retain_graph)
         try:
             with recorder:  # for the second forward of checkpoints
@@ -202,8 +204,10 @@ def grad_norms(
         recorder.handlers = HANDLERS | norms._backwards()
         try:
             yield norms
-        finally:
-            norms._take_in()
+        except BaseException:
+            recorder.release()
+            raise
+        norms._take_in()
 
 
 @contextlib.contextmanager
