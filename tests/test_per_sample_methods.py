@@ -14,7 +14,7 @@ from fastmix.testing.parity import GRADIENT_FACTOR, check_parity
 from fastmix.testing.per_sample import (
     RELATIVE_ERROR,
     Expected,
-    check_grad,
+    check_tensors,
     clipped_sum,
     gram_of,
     total_of,
@@ -91,13 +91,12 @@ def _group(name):
 
 
 def _check_clipped(model, expected, max_norm, group=lambda name: "", sample_weight=None):
+    used = [name for name, grad in expected.ordinary.items() if grad is not None]
+    actual = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     oracle = clipped_sum(expected.oracle, max_norm, group, sample_weight)
     reference = clipped_sum(expected.reference, max_norm, group, sample_weight)
-    for name, parameter in model.named_parameters():
-        if expected.ordinary.get(name) is None:
-            assert parameter.grad is None
-        else:
-            check_grad(name, parameter.grad, reference[name].to(parameter.dtype), oracle[name])
+    reference, oracle = ({name: grads[name] for name in used} for grads in (reference, oracle))
+    check_tensors("clipped", actual, reference, oracle, expected.dtype)
 
 
 # Clipping
@@ -220,10 +219,8 @@ def test_clipping_under_autocast():
     with per_sample.grad_norms(model):
         norms = per_sample.clipped_backward(losses(model, x), model, max_norm)
     expected.check_norms(norms)
-    oracle, reference = (clipped_sum(grads, max_norm) for grads in (expected.oracle, expected.reference))
-    for name, parameter in model.named_parameters():
-        assert parameter.grad.dtype == torch.float32
-        check_grad(name, parameter.grad.bfloat16(), reference[name].bfloat16(), oracle[name])
+    _check_clipped(model, expected, max_norm)
+    assert all(parameter.grad.dtype == torch.float32 for parameter in model.parameters())
 
 
 # Noise

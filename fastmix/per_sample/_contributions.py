@@ -55,7 +55,7 @@ class Samples(Contribution):
 
     def __init__(self, grads: Tensor):
         super().__init__(len(grads), grads.shape[1:])
-        self.grads = grads
+        self.grads = grads.to(torch.promote_types(grads.dtype, torch.float32))
 
     def total(self, weight: Tensor | None = None) -> Tensor:
         return self.grads.sum(0) if weight is None else torch.tensordot(weight.to(self.grads.dtype), self.grads, 1)

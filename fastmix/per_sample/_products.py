@@ -95,7 +95,8 @@ class _LinearLayer:
         return Linear(g, a) if self.transposed else Linear(a, g)
 
     def bias_contribution(self, g: Tensor) -> Contribution:
-        return Samples(sum_of(self._sequences(g), (1,)))
+        g = self._sequences(g)
+        return Samples(g[:, 0] if g.shape[1] == 1 else sum_of(g, (1,)))
 
     def _sequences(self, x: Tensor) -> Tensor:
         """[B, T, C]."""

@@ -192,49 +192,53 @@ class Expected:
         return len(next(iter(self.oracle.values())))
 
     def check_norms(self, norms: per_sample.GradNorms, vanishing: tuple[str, ...] = ()) -> None:
-        reference, oracle = norms_of(self.reference), norms_of(self.oracle)
+        oracle, reference = norms_of(self.oracle), norms_of(self.reference)
         if norms.per_parameter.keys() != oracle.keys() or norms.methods.keys() != oracle.keys():
             raise AssertionError(f"norms of {sorted(norms.per_parameter)}, the model trains {sorted(oracle)}")
-        for name in oracle:
-            if not name.endswith(vanishing):
-                self._check(name, norms.per_parameter[name], reference[name], oracle[name])
-        total = total_of(self.oracle)
-        self._check("total", norms.total, total_of(self.reference), total)
-        self._check("squared", norms.squared, total_of(self.reference).square(), total.square())
-
-    def _check(self, name: str, actual: Tensor, reference: Tensor, oracle: Tensor) -> None:
+        names = [name for name in oracle if not name.endswith(vanishing)]
+        actual = {name: norms.per_parameter[name] for name in names} | {"total": norms.total}
+        oracle = {name: oracle[name] for name in names} | {"total": total_of(self.oracle)}
+        reference = {name: reference[name] for name in names} | {"total": total_of(self.reference)}
+        torch.testing.assert_close(norms.squared, norms.total.square())
         wanted = torch.float64 if self.dtype == torch.float64 else torch.float32
-        if actual.dtype != wanted or actual.requires_grad:
-            raise AssertionError(f"{name}: a {actual.dtype} that requires gradients, or is not {wanted}")
-        if self.dtype == torch.float64:
-            torch.testing.assert_close(actual, oracle)
-            return
-        # A norm is one number, whose error may be 0 by chance: the slice is the batch.
-        check_parity(name, actual.to(self.dtype), reference.to(self.dtype), oracle, factor=GRADIENT_FACTOR)
-        if self.dtype == torch.float32:
-            error = (actual.double() - oracle).abs()
-            if (error > RELATIVE_ERROR * oracle).any():
-                raise AssertionError(f"{name}: {actual.tolist()} instead of {oracle.tolist()}")
+        for name, norm in actual.items():
+            if norm.dtype != wanted or norm.requires_grad:
+                raise AssertionError(f"{name}: the norms must be detached {wanted}, got {norm}")
+            if self.dtype == torch.float32:
+                torch.testing.assert_close(norm.double(), oracle[name], rtol=RELATIVE_ERROR, atol=0.0, msg=_named(name))
+        check_tensors("norms", actual, reference, oracle, self.dtype)
 
     def check_grad(
         self, model: nn.Module, reduction: str = "sum", vanishing: tuple[str, ...] = (), factor: float = 1.0
     ) -> None:
         """`.grad` is the ordinary one, times a factor."""
         factor = factor / self.batch if reduction == "mean" else factor
+        actual = {}
         for name, parameter in model.named_parameters():
             if (parameter.grad is None) != (self.ordinary.get(name) is None):
                 raise AssertionError(f"{name}.grad is {parameter.grad}, the ordinary one {self.ordinary.get(name)}")
             if parameter.grad is not None and not name.endswith(vanishing):
-                oracle = self.oracle[name].sum(0) * factor
-                actual, reference = (grad.to(self.dtype) for grad in (parameter.grad, self.ordinary[name] * factor))
-                check_grad(name, actual, reference, oracle)
+                actual[name] = parameter.grad
+        reference = {name: self.ordinary[name] * factor for name in actual}
+        oracle = {name: self.oracle[name].sum(0) * factor for name in actual}
+        check_tensors(".grad", actual, reference, oracle, self.dtype)
 
 
-def check_grad(name: str, actual: Tensor, reference: Tensor, oracle: Tensor) -> None:
-    if actual.dtype == torch.float64:
+def check_tensors(
+    name: str, actual: dict[str, Tensor], reference: dict[str, Tensor], oracle: dict[str, Tensor], dtype: torch.dtype
+) -> None:
+    """The tolerance rule on all of a model's tensors as one slice: the reference's error of a few numbers may be 0."""
+    if actual.keys() != oracle.keys():
+        raise AssertionError(f"{name}: {sorted(actual)}, the oracle has {sorted(oracle)}")
+    if dtype == torch.float64:
         torch.testing.assert_close(actual, oracle)
-    else:
-        check_parity(f"{name}.grad", actual, reference, oracle, factor=GRADIENT_FACTOR)
+        return
+    flat = [torch.cat([tensors[key].flatten() for key in oracle]) for tensors in (actual, reference, oracle)]
+    check_parity(name, flat[0].to(dtype), flat[1].to(dtype), flat[2], factor=GRADIENT_FACTOR)
+
+
+def _named(name: str) -> Callable[[str], str]:
+    return lambda message: f"{name}: {message}"
 
 
 def _rows(grads: Grads) -> Tensor:
