@@ -6,7 +6,7 @@ from fastmix.generation import Trie
 from fastmix.ops._attention import RelativeBias, Rotary
 from fastmix.ops.affine_grad_norm import affine_grad_norm_sq, affine_grad_sample
 from fastmix.ops.beam_search import trie_beam_step
-from fastmix.ops.conv_grad_norm import conv_grad_norm_sq, conv_weight_grad_with_norm
+from fastmix.ops.conv_grad_norm import conv_grad_norm_sq, conv_weight_grad_sample, conv_weight_grad_with_norm
 from fastmix.ops.embedding_grad_norm import embedding_grad_norm_sq
 from fastmix.ops.external_attention import external_attention
 from fastmix.ops.fft_mixing import fourier_mixing, global_filter
@@ -23,6 +23,7 @@ __all__ = [
     "affine_grad_norm_sq",
     "affine_grad_sample",
     "conv_grad_norm_sq",
+    "conv_weight_grad_sample",
     "conv_weight_grad_with_norm",
     "embedding_grad_norm_sq",
     "external_attention",

@@ -14,6 +14,7 @@ from fastmix.reference import conv_grad_norm as reference
 from fastmix.testing.cases import check_case
 from fastmix.testing.conv_grad_norm import CASES, conv_case
 from fastmix.testing.grad_norm import check_norms
+from fastmix.testing.parity import check_parity
 
 pytestmark = pytest.mark.kernel
 
@@ -74,6 +75,17 @@ def test_norms_of_every_sample(case, dtype):
     """The halves are rounded before and summed in float32, so that their norms are as good."""
     inputs = case.inputs(dtype)
     check_norms(case.name, _outputs(case.function, inputs)[-1], _outputs(case.reference, _exact(inputs))[-1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("case", [case for case in CASES if "with_norm" in case.name], ids=str)
+def test_gradients_of_every_sample(case, dtype, recorded, assert_kernel):
+    inputs = {name: value for name, value in case.inputs(dtype).items() if name != "sample_weight"}
+    with recorded() as ops:
+        actual = fastmix.conv_weight_grad_sample(**inputs)
+    assert_kernel(ops, "conv_weight_grad_sample", dtype)
+    expected = reference.conv_weight_grad_sample(**inputs)
+    check_parity(case.name, actual, expected, reference.conv_weight_grad_sample(**_exact(inputs)), independent=1)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -283,6 +295,7 @@ def test_opcheck(dtype, needs_kernels):
     a, g = torch.randn(2, 4, 1, 9, 8).to(dtype), torch.randn(2, 6, 1, 5, 4).to(dtype)
     arguments = (a, g, torch.randn(2), [1, 3, 3], [1, 2, 2], [0, 1, 1], [1, 1, 1], 2)
     torch.library.opcheck(torch.ops.fastmix.conv_weight_grad_with_norm.default, arguments)
+    torch.library.opcheck(torch.ops.fastmix.conv_weight_grad_sample.default, arguments[:2] + arguments[3:])
 
 
 def test_compile():

@@ -1,4 +1,5 @@
-// The gradient of a convolution's weight and every sample's squared norm of it: checks, threads, registration.
+// The gradient of a convolution's weight, every sample's squared norm of it, and the samples' own gradients: checks,
+// threads, registration.
 #include <torch/csrc/stable/library.h>
 
 #include <atomic>
@@ -51,7 +52,7 @@ struct ConvWorker {
   const Form& form;
   const Volume<T>&x, &g;
   int64_t first_block, last_block;
-  float *scratch, *sums;
+  float *scratch, *sums, *sample_grads;  // the last: dW of every sample, if they are wanted
 
   // totals (+)= weight·dW of the sample; ‖dW‖² of these rows.
   double add_sample(int64_t sample, float weight, float* totals, bool add) const {
@@ -69,6 +70,7 @@ struct ConvWorker {
           if (box == boxes - 1) {
             float* const total = totals + (block - first_block) * form.block_size();
             norm_sq += add_sums(weight, (end - block) * form.block_size(), total, add);
+            if (sample_grads) place(sample, block, end);
           }
         }
       }
@@ -78,6 +80,12 @@ struct ConvWorker {
   }
 
  private:
+  void place(int64_t sample, int64_t first, int64_t last) const {
+    for (int64_t block = first; block < last; ++block) {
+      form.place(block, sums + (block - first) * form.block_size(), sample_grads + sample * form.conv().weights());
+    }
+  }
+
   // totals (+)= weight·sums; ‖sums‖²
   double add_sums(float weight, int64_t size, float* totals, bool add) const {
     double norm_sq = 0;
@@ -96,7 +104,7 @@ struct ConvWorker {
 
 template <typename T, typename Form>
 void run(const Form& form, const Cut& cut, const Volume<T>& x, const Volume<T>& g, const float* sample_weight,
-         int64_t weight_stride, float* dw, float* norm_sq) {
+         int64_t weight_stride, float* dw, float* norm_sq, float* sample_grads) {
   const Conv& conv = form.conv();
   const int64_t block_size = form.block_size(), size = conv.blocks() * block_size;
   const auto totals = allocate<float>(cut.parts > 1 ? cut.parts * size : 0);
@@ -116,7 +124,8 @@ void run(const Form& form, const Cut& cut, const Volume<T>& x, const Volume<T>& 
       const int64_t part = unit / cut.pieces, piece = unit % cut.pieces;
       const int64_t first_block = piece * conv.blocks() / cut.pieces;
       const int64_t last_block = (piece + 1) * conv.blocks() / cut.pieces;
-      const ConvWorker<Form, T> worker{form, x, g, first_block, last_block, memory.data(), memory.data() + sums};
+      const ConvWorker<Form, T> worker{form,        x, g, first_block, last_block, memory.data(), memory.data() + sums,
+                                       sample_grads};
       const int64_t first = part * conv.batch / cut.parts, last = (part + 1) * conv.batch / cut.parts;
       float* const own = memory.data() + sums + most_blocks * block_size;
       float* const total = cut.parts > 1 ? totals.get() + part * size + first_block * block_size : own;
@@ -187,21 +196,9 @@ Conv check(const Tensor& input, const Tensor& grad_output, const std::vector<int
   return conv;
 }
 
-std::tuple<Tensor, Tensor> conv_weight_grad_with_norm_cpu(const Tensor& input, const Tensor& grad_output,
-                                                          const OptionalTensor& sample_weight,
-                                                          std::vector<int64_t> kernel_size, std::vector<int64_t> stride,
-                                                          std::vector<int64_t> padding, std::vector<int64_t> dilation,
-                                                          int64_t groups) {
-  const Conv conv = check(input, grad_output, kernel_size, stride, padding, dilation, groups);
-  FASTMIX_CHECK(!sample_weight || (sample_weight->scalar_type() == ScalarType::Float && sample_weight->dim() == 1 &&
-                                   sample_weight->size(0) == conv.batch),
-                "sample_weight must be float32 [B] = [", conv.batch, "]");
-  Tensor dw = torch::stable::new_empty(
-      input, {grad_output.size(1), conv.channels, kernel_size[0], kernel_size[1], kernel_size[2]}, ScalarType::Float);
-  Tensor norm_sq = torch::stable::new_empty(input, {conv.batch}, ScalarType::Float);
-  if (input.numel() == 0 || grad_output.numel() == 0) {
-    return {torch::stable::zero_(dw), torch::stable::zero_(norm_sq)};
-  }
+// Fills dw and norm_sq, and sample_grads if they are wanted.
+void compute(const Conv& conv, const Tensor& input, const Tensor& grad_output, const OptionalTensor& sample_weight,
+             const Tensor& dw, const Tensor& norm_sq, const OptionalTensor& sample_grads) {
   const Cut cut = cut_work(conv, input.numel() + grad_output.numel());
   for_dtype("input", input, [&](auto zero) {
     using T = decltype(zero);
@@ -209,7 +206,8 @@ std::tuple<Tensor, Tensor> conv_weight_grad_with_norm_cpu(const Tensor& input, c
       run<T>(form, cut, volume<T>(input), volume<T>(grad_output),
              sample_weight ? static_cast<const float*>(sample_weight->data_ptr()) : nullptr,
              sample_weight ? sample_weight->stride(0) : 0, static_cast<float*>(dw.data_ptr()),
-             static_cast<float*>(norm_sq.data_ptr()));
+             static_cast<float*>(norm_sq.data_ptr()),
+             sample_grads ? static_cast<float*>(sample_grads->data_ptr()) : nullptr);
     };
     // What of the lanes is used: the sums over the lanes take the time of some kFold vectors of positions.
     constexpr double kFold = 4;
@@ -221,7 +219,43 @@ std::tuple<Tensor, Tensor> conv_weight_grad_with_norm_cpu(const Tensor& input, c
       run_in(PositionLanes(conv));
     }
   });
+}
+
+Tensor new_weight(const Conv& conv, const Tensor& input, const std::vector<int64_t>& kernel_size) {
+  return torch::stable::new_empty(
+      input, {conv.groups * conv.rows, conv.channels, kernel_size[0], kernel_size[1], kernel_size[2]},
+      ScalarType::Float);
+}
+
+std::tuple<Tensor, Tensor> conv_weight_grad_with_norm_cpu(const Tensor& input, const Tensor& grad_output,
+                                                          const OptionalTensor& sample_weight,
+                                                          std::vector<int64_t> kernel_size, std::vector<int64_t> stride,
+                                                          std::vector<int64_t> padding, std::vector<int64_t> dilation,
+                                                          int64_t groups) {
+  const Conv conv = check(input, grad_output, kernel_size, stride, padding, dilation, groups);
+  FASTMIX_CHECK(!sample_weight || (sample_weight->scalar_type() == ScalarType::Float && sample_weight->dim() == 1 &&
+                                   sample_weight->size(0) == conv.batch),
+                "sample_weight must be float32 [B] = [", conv.batch, "]");
+  Tensor dw = new_weight(conv, input, kernel_size);
+  Tensor norm_sq = torch::stable::new_empty(input, {conv.batch}, ScalarType::Float);
+  if (input.numel() == 0 || grad_output.numel() == 0) {
+    return {torch::stable::zero_(dw), torch::stable::zero_(norm_sq)};
+  }
+  compute(conv, input, grad_output, sample_weight, dw, norm_sq, std::nullopt);
   return {dw, norm_sq};
+}
+
+Tensor conv_weight_grad_sample_cpu(const Tensor& input, const Tensor& grad_output, std::vector<int64_t> kernel_size,
+                                   std::vector<int64_t> stride, std::vector<int64_t> padding,
+                                   std::vector<int64_t> dilation, int64_t groups) {
+  const Conv conv = check(input, grad_output, kernel_size, stride, padding, dilation, groups);
+  Tensor grads = torch::stable::new_empty(
+      input, {conv.batch, groups * conv.rows, conv.channels, kernel_size[0], kernel_size[1], kernel_size[2]},
+      ScalarType::Float);
+  if (input.numel() == 0 || grad_output.numel() == 0) return torch::stable::zero_(grads);
+  const Tensor norm_sq = torch::stable::new_empty(input, {conv.batch}, ScalarType::Float);
+  compute(conv, input, grad_output, std::nullopt, new_weight(conv, input, kernel_size), norm_sq, grads);
+  return grads;
 }
 
 }  // namespace
@@ -229,4 +263,5 @@ std::tuple<Tensor, Tensor> conv_weight_grad_with_norm_cpu(const Tensor& input, c
 
 STABLE_TORCH_LIBRARY_IMPL(fastmix, CPU, m) {
   m.impl("conv_weight_grad_with_norm", TORCH_BOX(&fastmix::conv_weight_grad_with_norm_cpu));
+  m.impl("conv_weight_grad_sample", TORCH_BOX(&fastmix::conv_weight_grad_sample_cpu));
 }

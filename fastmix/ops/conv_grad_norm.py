@@ -51,28 +51,67 @@ def conv_weight_grad_with_norm(
 
     Rochette et al., Efficient Per-Example Gradient Computations in Convolutional Neural Networks (arXiv:1912.06015).
     """
-    options = _check(input, grad_output, kernel_size, stride, padding, dilation, groups)
+    sizes = _check(input, grad_output, kernel_size, stride, padding, dilation, groups)
     if sample_weight is not None:
         sample_weight = check_sample_weight(sample_weight, input)
     op = "conv_weight_grad_with_norm"
     if kernel_answers(op, input) and not needs_gradient(input, grad_output, sample_weight):
-        # The op knows three spatial dimensions; missing ones have size 1.
-        missing = 5 - input.ndim
-        a, g = (tensor.view(*tensor.shape[:2], *[1] * missing, *tensor.shape[2:]) for tensor in (input, grad_output))
-        lifted = [[fill] * missing + list(sizes) for fill, sizes in zip((1, 1, 0, 1), options, strict=True)]
+        a, g, *lifted = _lift(input, grad_output, sizes)
         dw, norm_sq = call(torch.ops.fastmix.conv_weight_grad_with_norm.default, a, g, sample_weight, *lifted, groups)
-        return dw.view(*dw.shape[:2], *options[0]), norm_sq
-    kernel, stride, padding, dilation = options
+        return dw.view(*dw.shape[:2], *sizes[0]), norm_sq
+    options = dict(zip(("stride", "padding", "dilation"), sizes[1:], strict=True))
     return reference.conv_weight_grad_with_norm(
-        input,
-        grad_output,
-        kernel,
-        stride=stride,
-        padding=padding,
-        dilation=dilation,
-        groups=groups,
-        sample_weight=sample_weight,
+        input, grad_output, sizes[0], **options, groups=groups, sample_weight=sample_weight
     )
+
+
+def conv_weight_grad_sample(
+    input: Tensor,
+    grad_output: Tensor,
+    kernel_size: Sizes,
+    *,
+    stride: Sizes = 1,
+    padding: Sizes = 0,
+    dilation: Sizes = 1,
+    groups: int = 1,
+) -> Tensor:
+    """Every sample's own gradient of a convolution's weight, where that is small enough to be kept.
+
+    dW_b = ``torch.nn.grad.conv2d_weight(input[b:b+1], …, grad_output[b:b+1])``, accumulated in float32 for bfloat16 and
+    float16, and returned so. Differentiable (by the reference).
+
+    Args:
+        input: [B, I, *spatial], and the further arguments: as of `conv_weight_grad_with_norm`.
+        grad_output: [B, O, *spatial].
+        kernel_size: the weight's spatial sizes.
+        stride: the convolution's.
+        padding: the convolution's, with zeros.
+        dilation: the convolution's.
+        groups: the convolution's.
+
+    Returns:
+        [B, O, I/groups, *kernel_size], float64 for float64 and float32 for the others.
+
+    Raises:
+        TypeError: a tensor is no floating-point tensor, or the dtypes of input and grad_output differ.
+        ValueError: sizes that no convolution with these options has.
+
+    Rochette et al., Efficient Per-Example Gradient Computations in Convolutional Neural Networks (arXiv:1912.06015).
+    """
+    sizes = _check(input, grad_output, kernel_size, stride, padding, dilation, groups)
+    if kernel_answers("conv_weight_grad_sample", input) and not needs_gradient(input, grad_output):
+        a, g, *lifted = _lift(input, grad_output, sizes)
+        grads = call(torch.ops.fastmix.conv_weight_grad_sample.default, a, g, *lifted, groups)
+        return grads.view(*grads.shape[:3], *sizes[0])
+    options = dict(zip(("stride", "padding", "dilation"), sizes[1:], strict=True))
+    return reference.conv_weight_grad_sample(input, grad_output, sizes[0], **options, groups=groups)
+
+
+def _lift(input: Tensor, grad_output: Tensor, sizes: list[tuple[int, ...]]) -> tuple[Tensor | list[int], ...]:
+    """The ops know three spatial dimensions; missing ones have size 1."""
+    missing = 5 - input.ndim
+    tensors = (tensor.view(*tensor.shape[:2], *[1] * missing, *tensor.shape[2:]) for tensor in (input, grad_output))
+    return *tensors, *([fill] * missing + list(size) for fill, size in zip((1, 1, 0, 1), sizes, strict=True))
 
 
 def conv_grad_norm_sq(
@@ -147,11 +186,15 @@ def _expand(name: str, value: Sizes, spatial: int, minimum: int) -> tuple[int, .
     return sizes
 
 
+_TAGS = (torch.Tag.pt2_compliant_tag,)
+_OPTIONS = "int[] kernel_size, int[] stride, int[] padding, int[] dilation, int groups"
 torch.library.define(
     "fastmix::conv_weight_grad_with_norm",
-    "(Tensor input, Tensor grad_output, Tensor? sample_weight, int[] kernel_size, int[] stride, int[] padding, "
-    "int[] dilation, int groups) -> (Tensor, Tensor)",
-    tags=(torch.Tag.pt2_compliant_tag,),
+    f"(Tensor input, Tensor grad_output, Tensor? sample_weight, {_OPTIONS}) -> (Tensor, Tensor)",
+    tags=_TAGS,
+)
+torch.library.define(
+    "fastmix::conv_weight_grad_sample", f"(Tensor input, Tensor grad_output, {_OPTIONS}) -> Tensor", tags=_TAGS
 )
 
 
@@ -162,4 +205,11 @@ def _(input, grad_output, sample_weight, kernel_size, stride, padding, dilation,
     return dw, dw.new_empty(input.shape[0])
 
 
-note_kernels("conv_weight_grad_with_norm")
+@torch.library.register_fake("fastmix::conv_weight_grad_sample")
+def _(input, grad_output, kernel_size, stride, padding, dilation, groups):
+    shape = [input.shape[0], grad_output.shape[1], input.shape[1] // groups, *kernel_size]
+    return input.new_empty(shape, dtype=torch.float32)
+
+
+for _name in ("conv_weight_grad_with_norm", "conv_weight_grad_sample"):
+    note_kernels(_name)

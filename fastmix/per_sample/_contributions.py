@@ -6,12 +6,13 @@ are made of (a layer's input and the gradient of its output), not the gradients.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from fastmix.ops.conv_grad_norm import conv_weight_grad_with_norm
+from fastmix.ops.conv_grad_norm import conv_weight_grad_sample, conv_weight_grad_with_norm
 from fastmix.ops.embedding_grad_norm import embedding_grad_norm_sq
 from fastmix.ops.grad_norm import choose, linear_grad_gram, linear_grad_norm_sq, linear_weight_grad_with_norm
 
@@ -105,15 +106,25 @@ class Conv(Contribution):
     def total_with_norm(self, weight: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return conv_weight_grad_with_norm(self.x, self.g, self.kernel_size, sample_weight=weight, **self.options)
 
+    @functools.cached_property
+    def samples(self) -> Samples | None:
+        """The gradients themselves, where they take no more memory than what they are made of."""
+        if self.batch * self.shape.numel() > self.x.numel() + self.g.numel():
+            return None
+        return Samples(conv_weight_grad_sample(self.x, self.g, self.kernel_size, **self.options))
+
     def total(self, weight: Tensor | None = None) -> Tensor:
-        return self.total_with_norm(weight)[0]
+        return self.samples.total(weight) if self.samples else self.total_with_norm(weight)[0]
 
     def norm_sq(self) -> Tensor:
-        return self.total_with_norm()[1]
+        return self.samples.norm_sq() if self.samples else self.total_with_norm()[1]
 
     def sample(self, b: int) -> Tensor:
         one = slice(b, b + 1)
-        return conv_weight_grad_with_norm(self.x[one], self.g[one], self.kernel_size, **self.options)[0]
+        return conv_weight_grad_sample(self.x[one], self.g[one], self.kernel_size, **self.options)[0]
+
+    def gram(self) -> Tensor:
+        return self.samples.gram() if self.samples else super().gram()
 
 
 class Embedding(Contribution):

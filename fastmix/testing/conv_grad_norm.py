@@ -1,4 +1,4 @@
-"""Cases of conv_weight_grad_with_norm and conv_grad_norm_sq."""
+"""Cases of conv_weight_grad_with_norm, conv_weight_grad_sample and conv_grad_norm_sq."""
 
 from __future__ import annotations
 

@@ -195,6 +195,8 @@ class Expected:
         oracle, reference = norms_of(self.oracle), norms_of(self.reference)
         if norms.per_parameter.keys() != oracle.keys() or norms.methods.keys() != oracle.keys():
             raise AssertionError(f"norms of {sorted(norms.per_parameter)}, the model trains {sorted(oracle)}")
+        if not total_of(self.reference).isfinite().all():
+            raise AssertionError("the loop's norms are not finite: the case says nothing")
         names = [name for name in oracle if not name.endswith(vanishing)]
         actual = {name: norms.per_parameter[name] for name in names} | {"total": norms.total}
         oracle = {name: oracle[name] for name in names} | {"total": total_of(self.oracle)}
