@@ -10,10 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from fastmix import per_sample
+from fastmix.testing.grad_norm import RELATIVE_ERROR
 from fastmix.testing.parity import GRADIENT_FACTOR, check_parity
-
-# What a norm in float32 may err, relative to itself.
-RELATIVE_ERROR = 1e-5
 
 Inputs = tuple[Tensor, ...]
 Grads = dict[str, Tensor]  # name of a parameter → [B, *shape]

@@ -53,12 +53,12 @@ def small_blocks(monkeypatch):
 
 @pytest.fixture(params=["gram", "direct"])
 def form(request, monkeypatch):
-    monkeypatch.setattr(ops, "choose", lambda *sizes: request.param)
+    monkeypatch.setattr(ops, "choose", lambda *sizes, is_cuda: request.param)
 
 
 @pytest.fixture
 def gram_form(monkeypatch):
-    monkeypatch.setattr(ops, "choose", lambda *sizes: "gram")
+    monkeypatch.setattr(ops, "choose", lambda *sizes, is_cuda: "gram")
 
 
 def nan_behind(*lengths):
