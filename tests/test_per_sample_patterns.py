@@ -291,3 +291,20 @@ def test_rows_that_the_data_choose(make, seed):
     else:
         return
     assert "batch" in text
+
+
+@pytest.mark.parametrize("positions", [5, 3], ids=["more positions than samples", "as many"])
+def test_in_place_functions_behind_a_transposition(positions):
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x):
+            x = x.transpose(0, 1)
+            h = torch.relu_(self.a(x)) * 1
+            h += x
+            h[0] = 0.0
+            return self.b(h).transpose(0, 1)
+
+    check_norms(Model(), (torch.randn(3, positions, 4),))

@@ -109,7 +109,7 @@ class Recorder(TorchFunctionMode):
             return self._generic(func, args, kwargs, with_samples)
         result = func(*args, **kwargs)
         changed = [args[0]] if _is_in_place(func) and isinstance(args[0], Tensor) else []
-        outputs = [*tensors_in(result), *changed]
+        outputs = changed or list(tensors_in(result))
         if not with_samples:
             names = _NOTHING.union(*(self.sources.get(tensor, _NOTHING) for tensor in tensors))
             for output in outputs:
@@ -118,10 +118,9 @@ class Recorder(TorchFunctionMode):
                     output.grad_fn.metadata["fastmix.sources"] = ", ".join(sorted(names))
             return result
         for output in outputs:
-            if output in self.sources and any(output is tensor for tensor in changed):
-                del self.sources[output]  # samples were written into it
             self.computed[output] = True
-        self.batch.note(func, args, kwargs, with_samples, outputs)
+        if not changed or self.sources.pop(args[0], None) is not None:  # samples were written into a constant
+            self.batch.note(func, args, kwargs, with_samples, outputs)
         return result
 
     def has_samples(self, tensor: Tensor) -> bool:
