@@ -234,7 +234,7 @@ def test_nan_stays_in_its_sample_and_channel(groups):
     [((6, 16, 20, 20), 24, {}), ((1, 40, 30, 30), 48, {}), ((3, 32, 25, 25), 32, {"groups": 32}),
      ((4, 16, 17, 17), 32, {"groups": 2, "stride": 2})],
 )  # fmt: skip
-def test_thread_count_and_repetition_change_no_bit(shape, out_channels, options, dtype, ordinary_memory):
+def test_thread_count_and_repetition_change_no_bit(shape, out_channels, options, dtype, ordinary_memory, needs_kernels):
     inputs = _inputs(shape, out_channels, dtype=dtype, **options)
     threads = torch.get_num_threads()
     results = []

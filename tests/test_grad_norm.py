@@ -287,7 +287,7 @@ def test_zero_sizes():
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("sizes", [(5, 60, 70, 90), (1, 300, 100, 130), (37, 1, 200, 300), (2, 400, 64, 33)], ids=str)
-def test_thread_count_and_repetition_change_no_bit(sizes, dtype, form, use, ordinary_memory):
+def test_thread_count_and_repetition_change_no_bit(sizes, dtype, form, use, ordinary_memory, needs_kernels):
     use(form)
     a, g = _pair(*sizes, dtype=dtype)
     threads = torch.get_num_threads()

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from fastmix import per_sample
 from fastmix.testing.per_sample import ModelCase, check_case, check_norms
 
 B, T, C, H = 3, 6, 8, 2  # samples, tokens, channels, heads
@@ -308,3 +309,32 @@ def test_in_place_functions_behind_a_transposition(positions):
             return self.b(h).transpose(0, 1)
 
     check_norms(Model(), (torch.randn(3, positions, 4),))
+
+
+class ComplexModel(nn.Module):
+    """A learned filter in the frequency domain, then a complex linear layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.filter = nn.Parameter(torch.randn(4, 3, dtype=torch.complex64))
+        self.weight = nn.Parameter(torch.randn(4, 4, dtype=torch.complex64))
+
+    def forward(self, x):
+        spectrum = torch.fft.rfft(x, dim=1).transpose(1, 2) * self.filter
+        spectrum = F.linear(spectrum.transpose(1, 2), self.weight)
+        return torch.fft.irfft(spectrum, n=x.shape[1], dim=1)
+
+
+def test_complex_parameters():
+    torch.manual_seed(0)
+    model, x = ComplexModel(), torch.randn(3, 5, 4)
+    with per_sample.grad_norms(model) as norms:
+        losses = model(x).square().mean((1, 2))
+        matrix = per_sample.gram(model, losses)
+        norms.backward(losses)
+    rows = []
+    for i in range(len(x)):
+        grads = torch.autograd.grad(model(x[i : i + 1]).square().mean(), list(model.parameters()))
+        rows.append(torch.cat([torch.view_as_real(grad).flatten() for grad in grads]))
+    torch.testing.assert_close(norms.total, torch.stack(rows).norm(dim=1))
+    torch.testing.assert_close(matrix, torch.stack(rows) @ torch.stack(rows).t())

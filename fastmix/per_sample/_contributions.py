@@ -31,7 +31,7 @@ class Contribution:
         raise NotImplementedError
 
     def norm_sq(self) -> Tensor:
-        return torch.stack([self.sample(b).square().sum() for b in range(self.batch)])
+        return torch.stack([real(self.sample(b)).square().sum() for b in range(self.batch)])
 
     def total_with_norm(self) -> tuple[Tensor, Tensor]:
         return self.total(), self.norm_sq()
@@ -41,8 +41,7 @@ class Contribution:
         raise NotImplementedError
 
     def gram(self) -> Tensor:
-        grads = torch.stack([self.sample(b).flatten() for b in range(self.batch)])
-        return grads @ grads.t()
+        return Samples(torch.stack([self.sample(b) for b in range(self.batch)])).gram()
 
     def without_graph(self) -> Contribution:
         """The same, to be evaluated after the backward has freed the graph."""
@@ -62,13 +61,13 @@ class Samples(Contribution):
         return self.grads.sum(0) if weight is None else torch.tensordot(weight.to(self.grads.dtype), self.grads, 1)
 
     def norm_sq(self) -> Tensor:
-        return self.grads.flatten(1).square().sum(1)
+        return real(self.grads).flatten(1).square().sum(1)
 
     def sample(self, b: int) -> Tensor:
         return self.grads[b]
 
     def gram(self) -> Tensor:
-        grads = self.grads.flatten(1)
+        grads = real(self.grads).flatten(1)
         return grads @ grads.t()
 
 
@@ -191,8 +190,8 @@ class Generic(Contribution):
 
     def _push(self, g: Tensor) -> Tensor:
         grad = self.vjp(g)[self.index]
-        dtype = torch.promote_types(g.dtype, torch.float32)
-        return g.new_zeros(self.shape, dtype=dtype) if grad is None else grad.to(dtype)
+        grad = g.new_zeros(self.shape) if grad is None else grad
+        return grad.to(torch.promote_types(grad.dtype, torch.float32))
 
 
 class Derived(Contribution):
@@ -247,7 +246,7 @@ class Sum(Contribution):
         norm_sq = own + 2 * sum(_cross(*pair) for pair in pairs)
         # Where the uses cancel, the difference of large numbers has lost its digits.
         for b in (norm_sq < 0.05 * own).nonzero().flatten().tolist():
-            norm_sq[b] = self.sample(b).square().sum()
+            norm_sq[b] = real(self.sample(b)).square().sum()
         return norm_sq
 
 
@@ -275,6 +274,11 @@ def _cross(p: Contribution, q: Contribution) -> Tensor:
     rows = embedding.rows()
     ids = embedding.ids[:, None].expand(-1, linear.g.shape[1], -1)
     return (linear.g.gather(2, ids).to(rows.dtype) * (linear.a.to(rows.dtype) @ rows.mT)).sum((1, 2))
+
+
+def real(grad: Tensor) -> Tensor:
+    """A complex gradient as real and imaginary parts, over which norms and inner products are taken."""
+    return torch.view_as_real(grad) if grad.is_complex() else grad
 
 
 def sum_of(g: Tensor, dims: tuple[int, ...]) -> Tensor:

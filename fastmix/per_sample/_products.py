@@ -65,6 +65,8 @@ def _is_product(recorder: Recorder, x: object, weight: object, bias: object) -> 
     """Whether x has samples, weight and bias have none, and one of them needs a gradient."""
     if not isinstance(x, Tensor) or not isinstance(weight, Tensor) or not recorder.has_samples(x):
         return False
+    if not (x.is_floating_point() and weight.is_floating_point()):
+        return False  # a complex layer
     parameters = [weight] if bias is None else [weight, bias]
     return not any(map(recorder.has_samples, parameters)) and any(map(recorder.is_target, parameters))
 

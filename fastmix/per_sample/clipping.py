@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from fastmix.ops._check import check_choice, check_float
 from fastmix.per_sample._autograd import nodes_below, run_backward, run_grad
-from fastmix.per_sample._contributions import Contribution, combine
+from fastmix.per_sample._contributions import Contribution, combine, real
 from fastmix.per_sample._recorder import Recorder
 from fastmix.per_sample.norms import GradNorms, check_losses
 
@@ -78,8 +78,10 @@ def clipped_backward(
         factors = factors if sample_weight is None else factors * sample_weight.detach().to(factors)
         grads |= gradients.total(names, factors)
     for name, parameter in gradients.parameters.items() if noise_multiplier else ():
-        noise = torch.randn(parameter.shape, generator=generator, device=parameter.device, dtype=parameter.dtype)
+        like = real(parameter.detach())
+        noise = torch.randn(like.shape, generator=generator, device=like.device, dtype=like.dtype)
         noise *= noise_multiplier * max_norm
+        noise = torch.view_as_complex(noise) if parameter.is_complex() else noise
         grads[name] = grads[name] + noise if name in grads else noise
     if grads:
         run_backward(_Deliver.apply(grads, *[gradients.parameters[name] for name in grads]))
@@ -138,7 +140,7 @@ class _PerSampleGradients:
             for name, grad in zip(self.parameters, grads, strict=True):
                 if grad is not None:
                     dtype = torch.promote_types(grad.dtype, torch.float32)
-                    found[name].append(grad.to(dtype).square().sum())
+                    found[name].append(real(grad.to(dtype)).square().sum())
         return {name: torch.stack(values) for name, values in found.items()}
 
     def total(self, names: list[str], weight: Tensor) -> dict[str, Tensor]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from fastmix.per_sample._contributions import real
 from fastmix.per_sample.norms import GradNorms, RecordedNorms
 
 
@@ -67,7 +68,7 @@ def gradient_noise_scale(norms: GradNorms, model: nn.Module) -> Tensor:
     grads = [p.grad for p in model.parameters() if p.requires_grad and p.grad is not None]
     if not grads:
         raise ValueError("model must hold the gradients of the backward in .grad, got none")
-    mean_sq = sum(grad.to(squared.dtype).square().sum() for grad in grads) * norms.grad_scale**2
+    mean_sq = sum(real(grad).to(squared.dtype).square().sum() for grad in grads) * norms.grad_scale**2
     trace = (squared.mean() - mean_sq) * b / (b - 1)
     return trace / ((b * mean_sq - squared.mean()) / (b - 1))
 
