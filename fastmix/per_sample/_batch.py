@@ -88,7 +88,7 @@ class Batch:
         elif place in (0, ROWS, INTERLEAVED) and func not in _MOVE:
             found = [place if output.shape[:1] == source.shape[:1] else None for output in outputs]
         else:
-            found = self._moved(place, func, args, kwargs, len(outputs))
+            found = self._moved(place, func, args, kwargs, source, outputs)
         for output, each in zip(outputs, found, strict=True):
             if each is None and place != 0 and output.shape[:1] == source.shape[:1] == (self.size,):
                 each = UNKNOWN  # the first dimension has the batch's size, and is another
@@ -112,8 +112,12 @@ class Batch:
             return ROWS if shape[0] % self.size == 0 else None
         return INTERLEAVED if shape[0] == outer * self.size and math.prod(shape[1:]) == inner else None
 
-    def _moved(self, place: Place, func: Callable, args: tuple, kwargs: dict, count: int) -> list[Place | None]:
+    def _moved(
+        self, place: Place, func: Callable, args: tuple, kwargs: dict, source: Tensor, outputs: list[Tensor]
+    ) -> list[Place | None]:
         """Follows the samples' dimension through func by a size that nothing else has, in tensors without data."""
+        if isinstance(place, int) and all(list(x.shape).count(self.size) == 1 for x in (source, *outputs)):
+            return [list(output.shape).index(self.size) for output in outputs]  # it has one already
         mark = 7919 * self.size
 
         def marked(tensor: Tensor) -> Tensor:
@@ -124,12 +128,12 @@ class Batch:
             return torch.empty(shape, dtype=tensor.dtype, device="meta")
 
         try:
-            outputs = list(tensors_in(func(*map_tensors(marked, args), **map_tensors(marked, kwargs))))
+            found = list(tensors_in(func(*map_tensors(marked, args), **map_tensors(marked, kwargs))))
         except (RuntimeError, NotImplementedError, TypeError, ValueError):
-            outputs = []
-        if len(outputs) != count:
-            return [UNKNOWN] * count
-        dims = [output.shape.index(mark) if mark in output.shape else None for output in outputs]
+            found = []
+        if len(found) != len(outputs):
+            return [UNKNOWN] * len(outputs)
+        dims = [output.shape.index(mark) if mark in output.shape else None for output in found]
         return dims if isinstance(place, int) else [place if dim == 0 else UNKNOWN for dim in dims]
 
     def _reorders(self, place: Place, func: Callable, args: tuple, kwargs: dict) -> bool:

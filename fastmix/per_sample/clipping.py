@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import defaultdict
 
 import torch
@@ -65,24 +66,25 @@ def clipped_backward(
         check_float("sample_weight", sample_weight)
         if sample_weight.shape != losses.shape:
             raise ValueError(f"sample_weight must be [B] = [{len(losses)}], got {list(sample_weight.shape)}")
-    norm_sq = gradients.norm_sq()
-    if not norm_sq and len(losses):
-        raise ValueError("per_sample_losses must depend on a parameter of model that requires a gradient")
-    groups: dict[str, list[str]] = defaultdict(list)
-    for name in norm_sq:
-        groups["" if mode == "global" else name.rpartition(".")[0]].append(name)
-    grads: dict[str, Tensor] = {}
-    for names in groups.values():
-        norm = torch.stack([norm_sq[name] for name in names]).sum(0).sqrt()
-        factors = (max_norm / norm).clamp(max=1.0)
-        factors = factors if sample_weight is None else factors * sample_weight.detach().to(factors)
-        grads |= gradients.total(names, factors)
-    for name, parameter in gradients.parameters.items() if noise_multiplier else ():
-        like = real(parameter.detach())
-        noise = torch.randn(like.shape, generator=generator, device=like.device, dtype=like.dtype)
-        noise *= noise_multiplier * max_norm
-        noise = torch.view_as_complex(noise) if parameter.is_complex() else noise
-        grads[name] = grads[name] + noise if name in grads else noise
+    with gradients.at_rest():
+        norm_sq = gradients.norm_sq()
+        if not norm_sq and len(losses):
+            raise ValueError("per_sample_losses must depend on a parameter of model that requires a gradient")
+        groups: dict[str, list[str]] = defaultdict(list)
+        for name in norm_sq:
+            groups["" if mode == "global" else name.rpartition(".")[0]].append(name)
+        grads: dict[str, Tensor] = {}
+        for names in groups.values():
+            norm = torch.stack([norm_sq[name] for name in names]).sum(0).sqrt()
+            factors = (max_norm / norm).clamp(max=1.0)
+            factors = factors if sample_weight is None else factors * sample_weight.detach().to(factors)
+            grads |= gradients.total(names, factors)
+        for name, parameter in gradients.parameters.items() if noise_multiplier else ():
+            like = real(parameter.detach())
+            noise = torch.randn(like.shape, generator=generator, device=like.device, dtype=like.dtype)
+            noise *= noise_multiplier * max_norm
+            noise = torch.view_as_complex(noise) if parameter.is_complex() else noise
+            grads[name] = grads[name] + noise if name in grads else noise
     if grads:
         run_backward(_Deliver.apply(grads, *[gradients.parameters[name] for name in grads]))
     norms = GradNorms(list(gradients.parameters))
@@ -109,7 +111,9 @@ def gram(model: nn.Module, per_sample_losses: Tensor) -> Tensor:
 
     Goodfellow, Efficient Per-Example Gradient Computations (arXiv:1510.01799).
     """
-    return _PerSampleGradients(per_sample_losses, model).gram()
+    gradients = _PerSampleGradients(per_sample_losses, model)
+    with gradients.at_rest():
+        return gradients.gram()
 
 
 class _PerSampleGradients:
@@ -128,11 +132,14 @@ class _PerSampleGradients:
         if self.recorder is not None:
             self.uses = {name: combine(uses) for name, uses in self.recorder.collect(losses).items()}
 
+    def at_rest(self) -> contextlib.AbstractContextManager:
+        """For the following."""
+        return contextlib.nullcontext() if self.recorder is None else self.recorder.at_rest()
+
     def norm_sq(self) -> dict[str, Tensor]:
         """Name → [B], of the parameters that the losses use."""
         if self.recorder is not None:
-            with self.recorder.at_rest():
-                return {name: use.norm_sq() for name, use in self.uses.items()}
+            return {name: use.norm_sq() for name, use in self.uses.items()}
         found: dict[str, list[Tensor]] = defaultdict(list)
         for loss in self.losses.unbind():
             parameters = list(self.parameters.values())
@@ -147,8 +154,7 @@ class _PerSampleGradients:
         """Σ_b weight_b ∇_b for these parameters."""
         parameters = [self.parameters[name] for name in names]
         if self.recorder is not None:
-            with self.recorder.at_rest():
-                grads = [self.uses[name].total(weight).view_as(p) for name, p in zip(names, parameters, strict=True)]
+            grads = [self.uses[name].total(weight).view_as(p) for name, p in zip(names, parameters, strict=True)]
         else:
             grads = run_grad([self.losses], parameters, [weight.to(self.losses.dtype)], retain_graph=True)
         return {name: grad.to(p.dtype) for name, p, grad in zip(names, parameters, grads, strict=True)}
@@ -160,8 +166,7 @@ class _PerSampleGradients:
                 "per_sample_losses must come from a forward inside a grad_norms block, got an ordinary one"
             )
         b = len(self.losses)
-        with self.recorder.at_rest():
-            return sum((use.gram() for use in self.uses.values()), start=self.losses.new_zeros(b, b))
+        return sum((use.gram() for use in self.uses.values()), start=self.losses.new_zeros(b, b))
 
     def methods(self) -> dict[str, str]:
         if self.recorder is None:
