@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from fastmix import per_sample
 from fastmix.testing.per_sample import ModelCase, check_case, check_norms
@@ -338,3 +339,25 @@ def test_complex_parameters():
         rows.append(torch.cat([torch.view_as_real(grad).flatten() for grad in grads]))
     torch.testing.assert_close(norms.total, torch.stack(rows).norm(dim=1))
     torch.testing.assert_close(matrix, torch.stack(rows) @ torch.stack(rows).t())
+
+
+class NestedCheckpoints(nn.Module):
+    def __init__(self, reentrant):
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)
+        self.reentrant = reentrant
+
+    def forward(self, x):
+        def inner(h):
+            return torch.tanh(self.b(h))
+
+        def outer(h):
+            return self.c(checkpoint(inner, torch.tanh(h), use_reentrant=self.reentrant))
+
+        return checkpoint(outer, self.a(x), use_reentrant=self.reentrant)
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_nested_checkpoints(reentrant):
+    check_norms(NestedCheckpoints(reentrant), (torch.randn(3, 5, 4),))
