@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import importlib.util
 
 import pytest
 import torch
@@ -272,7 +271,6 @@ def _ids():
     ids=str,
 )
 def test_transformers(case, reduction):
-    if importlib.util.find_spec("transformers") is None:
-        pytest.skip("transformers is not installed")
+    pytest.importorskip("transformers")
     methods = check_case(case, torch.float32, reduction).methods
     assert all("generic" not in how for name, how in methods.items() if "dense" in name or "c_attn" in name)

@@ -6,6 +6,7 @@ are made of (a layer's input and the gradient of its output), not the gradients.
 
 from __future__ import annotations
 
+import abc
 import functools
 from collections.abc import Callable
 
@@ -17,7 +18,7 @@ from fastmix.ops.embedding_grad_norm import embedding_grad_norm_sq
 from fastmix.ops.grad_norm import choose, linear_grad_gram, linear_grad_norm_sq, linear_weight_grad_with_norm
 
 
-class Contribution:
+class Contribution(abc.ABC):
     """norm_sq [B], the total Σ_b w_b ∇_b, single samples' gradients ∇_b, and their Gram matrix [B, B]."""
 
     fused = "fused"  # how total_with_norm works, for `methods`
@@ -26,9 +27,9 @@ class Contribution:
     def __init__(self, batch: int, shape: torch.Size):
         self.batch, self.shape = batch, shape
 
+    @abc.abstractmethod
     def total(self, weight: Tensor | None = None) -> Tensor:
         """Σ_b weight_b ∇_b; without a weight, Σ_b ∇_b."""
-        raise NotImplementedError
 
     def norm_sq(self) -> Tensor:
         return torch.stack([real(self.sample(b)).square().sum() for b in range(self.batch)])
@@ -36,9 +37,9 @@ class Contribution:
     def total_with_norm(self) -> tuple[Tensor, Tensor]:
         return self.total(), self.norm_sq()
 
+    @abc.abstractmethod
     def sample(self, b: int) -> Tensor:
         """∇_b, in the accumulators' dtype."""
-        raise NotImplementedError
 
     def gram(self) -> Tensor:
         return Samples(torch.stack([self.sample(b) for b in range(self.batch)])).gram()
