@@ -18,7 +18,7 @@ CUDA_ARCHS := 80 90 100
 TORCH_INCLUDE = $(shell $(PYTHON) -c "import os, torch; print(os.path.join(os.path.dirname(torch.__file__), 'include'))")
 PYTEST = $(PYTHON) -m pytest $(if $(VENV),--numprocesses $(or $(PYTEST_PROCESSES),2) --dist worksteal)
 
-.PHONY: bench test build lint format cuda-check gpu-check wheel clean \
+.PHONY: bench test build lint format docs cuda-check gpu-check wheel clean \
         test-triton test-default test-avx2 test-pure test-sanitized test-wheel
 
 bench: build
@@ -50,13 +50,17 @@ format: $(SETUP)
 	$(PYTHON) -m ruff format .
 	git ls-files 'csrc/*' 'tests/*.cpp' 'tests/*.h' | xargs $(BIN)clang-format -i
 
+# Also checks that links lead somewhere.
+docs: build
+	$(PYTHON) -m sphinx -q -W --keep-going -b html docs build/docs
+
 # Triton's interpreter is chosen when a kernel is decorated, so these tests have a process of their own.
 test-triton: build
 	TRITON_INTERPRET=1 $(PYTEST) tests/triton
 
 # Left out where tests are repeated: what reads sources, and what would learn nothing new about the kernels.
 GPU_SOURCE := cuda_emulated beam_search_emulated triton_compile
-PROGRAMS := examples readme $(patsubst tests/test_%.py,%,$(wildcard tests/test_benchmarks*.py))
+PROGRAMS := examples readme docs $(patsubst tests/test_%.py,%,$(wildcard tests/test_benchmarks*.py))
 METHODS := $(patsubst tests/test_%.py,%,$(wildcard tests/test_nn_*.py tests/test_generation_*.py tests/test_per_sample_*.py))
 ANY_LEVEL := $(GPU_SOURCE) $(PROGRAMS) $(METHODS) cli contract scaled_attention_reference trie_builder trie_cli trie_file
 

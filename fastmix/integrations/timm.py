@@ -10,7 +10,7 @@ __all__ = ["accelerate", "restore"]
 
 
 def accelerate(model: nn.Module) -> Report:
-    """Replaces, in place, the token mixing of a timm model (mixer_*, resmlp_*, gmlp_*).
+    """Replaces, in place, the token mixing of a timm model (``mixer_*``, ``resmlp_*``, ``gmlp_*``).
 
     The token half of ``MixerBlock`` becomes :func:`fastmix.token_mixing_mlp`, that of ``ResBlock`` and the whole
     ``SpatialGatingUnit`` of a ``SpatialGatingBlock`` :func:`fastmix.token_linear`: the same functions, with the norm
