@@ -32,9 +32,11 @@ def example(name: str, *needed: str) -> Iterator[ModuleType]:
         pytest.skip("not run in a clone")
     for package in needed:
         pytest.importorskip(package)
+    sys.path.append(str(EXAMPLES))  # as where a script is run, for what two of them share
     spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
     module = sys.modules[name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    sys.path.pop()
     yield module
     del sys.modules[name]
 
@@ -48,6 +50,18 @@ def digits():
 @pytest.fixture(scope="module")
 def per_sample_digits():
     with example("per_sample_digits", "sklearn") as module:
+        yield module
+
+
+@pytest.fixture(scope="module")
+def kgclue():
+    with example("kgclue") as module:
+        yield module
+
+
+@pytest.fixture(scope="module")
+def entity_retrieval():
+    with example("entity_retrieval") as module:
         yield module
 
 
@@ -102,3 +116,62 @@ def test_per_sample_digits(name, per_sample_digits, capsys, ordinary_memory, thr
     assert run.losses[0] > 2 * run.losses[1] > 2 * run.losses[2]
     assert all(scale > 0 for scale in run.noise_scales)
     assert run.accuracy >= 0.85
+
+
+NOUNS = ("dog", "cat", "horse", "red fox", "grey wolf", "house mouse", "owl", "lark", "trout", "pike", "bee", "ant")
+
+
+@pytest.fixture
+def wordnet(tmp_path):
+    """A folder with a few nouns, each of which is an animal, as wndb(5WN) writes them."""
+    lines = ["  1 the licence", "00000001 05 n 01 animal 0 000 | a living thing"]
+    for i, noun in enumerate(NOUNS, start=2):
+        lines.append(f"{i:08} 05 n 02 {noun.replace(' ', '_')} 0 beast 0 001 @ 00000001 n 0000 | a kind")
+    (tmp_path / "data.noun").write_text("\n".join(lines) + "\n")
+    return tmp_path
+
+
+def test_kgclue_from_wordnet(kgclue, wordnet, capsys, ordinary_memory):
+    """Under the tree every answer is a key that exists; fast-forward takes fewer calls to the same answers."""
+    small = ["--epochs", "20", "--dim", "32", "--blocks", "1", "--beams", "2", "--rate", "1e-2"]
+    table = wordnet / "scores.md"
+    scores = kgclue.main(["--wordnet", str(wordnet), *small, "--out", str(table)])
+    assert table.read_text() in capsys.readouterr().out
+    assert all(score.keys == 1 for name, score in scores.items() if name.startswith("tree"))
+    assert scores["tree, 2 beams"].exact == 1  # all are animals
+    slow, fast = scores["tree, 2 beams, look-ahead"], scores["tree, 2 beams, look-ahead, fast-forward"]
+    assert (fast.exact, fast.f1) == (slow.exact, slow.f1)
+    assert fast.calls < slow.calls
+
+
+def test_kgclue_reads_the_benchmarks_files(kgclue, tmp_path):
+    record = '{"id": 0, "question": "龙晶?", "answer": "龙晶（游戏） ||| 繁体 ||| 龍晶"}\n'
+    for name in ("train", "dev", "test_public"):
+        (tmp_path / f"{name}.json").write_text(record)
+    data = kgclue.load(tmp_path)
+    assert data.train == [kgclue.Example("龙晶?", "龙晶", "繁体", "游戏", "龍晶")]
+    assert data.knowledge == {("龙晶", "繁体", "游戏"): ["龍晶"]}
+
+
+def test_kgclue_without_data(kgclue, tmp_path):
+    with pytest.raises(SystemExit, match="wordnet-base"):
+        kgclue.main(["--wordnet", str(tmp_path)])
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "expected"), [("abc", "abc", 1.0), ("abc", "xyz", 0.0), ("abcd", "acx", 4 / 7), ("", "", 0.0)]
+)
+def test_kgclue_f1(a, b, expected, kgclue):
+    """2·LCS / (len a + len b)."""
+    assert kgclue.f1(a, b) == pytest.approx(expected)
+
+
+def test_entity_retrieval(entity_retrieval, wordnet, capsys, ordinary_memory):
+    """Under the tree every answer is a name, and K beams find the name of every mention among K names."""
+    small = ["--epochs", "1", "--dim", "32", "--blocks", "1", "--beams", "14", "--mentions", "5"]
+    scores = entity_retrieval.main(["--wordnet", str(wordnet), *small, "--out", str(wordnet / "scores.md")])
+    assert (wordnet / "scores.md").read_text() in capsys.readouterr().out
+    assert all(score.names == 1 for way, score in scores.items() if way.startswith("tree"))
+    assert scores["tree, 14 beams"].any == 1
+    assert scores["tree, 14 beams, fast-forward"].calls <= scores["tree, 14 beams"].calls
+    assert len(entity_retrieval.load_names(wordnet)) == 14
