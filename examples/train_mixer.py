@@ -1,6 +1,6 @@
-"""Trains five small models without self-attention on handwritten digits, once with fastmix's kernels, once without.
+"""Trains small models of `fastmix.nn` on handwritten digits, once with fastmix's kernels, once without.
 
-    python examples/digits.py [--model mixer] [--epochs 12] [--out digits.png]
+    python examples/train_mixer.py [--model mixer] [--epochs 12] [--out digits.png]
 
 The data are scikit-learn's 1797 images of 8×8 pixels, a fifth of them for the test. The second run of each model starts
 from the same weights and sees the same batches, but every op is answered by its plain PyTorch reference. In the plot
@@ -48,35 +48,34 @@ class PatchClassifier(nn.Module):
         return self.head(self.encoder(self.norm(tokens)).mean(dim=1))
 
 
-def mixer() -> nn.Module:
-    return mixing.MLPMixer(**IMAGE, mlp_ratio=(0.5, 2.0))
+def image_model(kind: Callable[..., nn.Module], **options) -> nn.Module:
+    return kind(**IMAGE | {"mlp_ratio": 2.0} | options)
 
 
-def resmlp() -> nn.Module:
-    return mixing.ResMLP(**IMAGE, mlp_ratio=2.0, init_values=1.0)
-
-
-def gmlp() -> nn.Module:
-    return mixing.GMLP(**IMAGE, mlp_ratio=2.0)
+def with_token_mixer(mixer: Callable[..., nn.Module], *args, **options) -> nn.Module:
+    """Pre-norm blocks with any module [B, S, C] → [B, S, C] in the place of self-attention."""
+    block = partial(mixing.PreNormBlock, 64, partial(mixer, 64, *args, **options), mlp_ratio=2.0)
+    return PatchClassifier(mixing.Encoder(block, num_blocks=2, norm=nn.LayerNorm(64)))
 
 
 def fnet() -> nn.Module:
     return PatchClassifier(mixing.FNet(embed_dim=64, num_blocks=2, mlp_ratio=2.0, dropout=0.0))
 
 
-def external_attention() -> nn.Module:
-    attention = partial(mixing.ExternalAttention, 64, num_heads=4, memory_size=16)
-    block = partial(mixing.PreNormBlock, 64, attention, mlp_ratio=2.0)
-    return PatchClassifier(mixing.Encoder(block, num_blocks=2, norm=nn.LayerNorm(64)))
-
-
 # Name → (the model, the largest learning rate).
 MODELS: dict[str, tuple[Callable[[], nn.Module], float]] = {
-    "mixer": (mixer, 0.01),
-    "resmlp": (resmlp, 0.03),
-    "gmlp": (gmlp, 0.01),
+    "mixer": (partial(image_model, mixing.MLPMixer, mlp_ratio=(0.5, 2.0)), 0.01),
+    "resmlp": (partial(image_model, mixing.ResMLP, init_values=1.0), 0.03),
+    "feed_forward": (partial(image_model, mixing.FeedForwardStack), 0.01),
+    "gmlp": (partial(image_model, mixing.GMLP), 0.01),
+    "amlp": (partial(image_model, mixing.GMLP, attention_dim=16), 0.01),
+    "external_attention": (partial(with_token_mixer, mixing.ExternalAttention, num_heads=4, memory_size=16), 0.01),
+    "synthesizer": (partial(with_token_mixer, mixing.Synthesizer, 16, num_heads=4), 0.01),
+    "depthwise": (partial(with_token_mixer, mixing.TokenConv, 5), 0.01),
+    "lightweight": (partial(with_token_mixer, mixing.TokenConv, 5, "lightweight", num_heads=4), 0.01),
+    "dynamic": (partial(with_token_mixer, mixing.TokenConv, 5, "dynamic", num_heads=4), 0.01),
     "fnet": (fnet, 0.01),
-    "external_attention": (external_attention, 0.01),
+    "gfnet": (partial(image_model, mixing.GFNet), 0.01),
 }
 
 
@@ -150,7 +149,7 @@ def plot(runs: dict[str, tuple[Run, Run]], path: str) -> None:
 
 def main(argv: list[str] | None = None) -> dict[str, tuple[Run, Run]]:
     """Returns the run with and the run without kernels of each model."""
-    parser = argparse.ArgumentParser(description="Small models without self-attention on handwritten digits.")
+    parser = argparse.ArgumentParser(description="Small models of fastmix.nn on handwritten digits.")
     parser.add_argument("--model", choices=MODELS, action="append", help="may be repeated; default: all")
     parser.add_argument("--epochs", type=int, default=12)
     parser.add_argument("--out", default="digits.png", help="the plot of the loss curves")
