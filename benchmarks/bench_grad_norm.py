@@ -9,7 +9,9 @@ from __future__ import annotations
 import torch
 
 from fastmix.benchmarks import grad_norm_peers as peers
+from fastmix.benchmarks import penalty_peers as penalties
 from fastmix.benchmarks import per_sample_peers as ways
+from fastmix.benchmarks import private_peers as private
 from fastmix.benchmarks.grad_norm_models import Setting, cnn_setting, lm_setting, mlp_setting
 from fastmix.benchmarks.harness import BOTH, FORWARD, BenchCase, Provider
 from fastmix.ops.grad_norm import choose
@@ -30,7 +32,7 @@ def cases(device: str) -> list[BenchCase]:
         return [
             *(make(shape, half) for make in (_norm_sq, _weight_grad) for shape in GPU_SHAPES),
             *(_gram(shape, half) for shape in GPU_GRAMS),
-            *(make(setting) for setting in _gpu_models() for make in (_norms, _clip)),
+            *(make(setting) for setting in _gpu_models() for make in (_norms, _clip, _private_step)),
         ]
     single = torch.float32
     return [
@@ -39,6 +41,9 @@ def cases(device: str) -> list[BenchCase]:
         *(_norms(setting) for setting in _models()),
         *(_clip(setting) for setting in _models()),
         *(_model_gram(setting) for setting in _gram_models()),
+        *(_private_step(setting) for setting in _models()),
+        *(_parameter_penalty(setting) for setting in (*_gram_models(), cnn_setting(64))),
+        *(_input_norms(setting) for setting in (penalties.critic_setting(32, 32), penalties.critic_setting(32, 64))),
     ]
 
 
@@ -133,9 +138,30 @@ def _model_gram(setting: Setting) -> BenchCase:
     return _model_case("gram", setting, ways.our_gram, ways.loop_gram, ways.gram_peers(setting))
 
 
+def _private_step(setting: Setting) -> BenchCase:
+    run = private.private_step, private.ours
+    return _model_case("private step", setting, run, private.loop_step, private.private_step_peers(setting))
+
+
+def _parameter_penalty(setting: Setting) -> BenchCase:
+    run, reference = penalties.our_parameter_penalty, penalties.loop_parameter_penalty
+    return _model_case(
+        "parameter_gradient_penalty", setting, run, reference, penalties.parameter_penalty_peers(setting)
+    )
+
+
+def _input_norms(setting: Setting) -> BenchCase:
+    run, reference = penalties.our_input_norms, penalties.loop_input_norms
+    return _model_case("input_gradient_norms", setting, run, reference, penalties.input_norm_peers(setting))
+
+
 def _model_case(function: str, setting: Setting, ours, specified, peers: tuple[Provider, ...]) -> BenchCase:
-    """A step of the model from its input to all results; no number of operations is the problem's, so no limit."""
-    run, reference = (ways.on_setting(setting, way) for way in (ours, specified))
+    """A step of the model from its input to all results; no number of operations is the problem's, so no limit.
+
+    `ours` may be a pair, with what prepares the model.
+    """
+    run = ways.on_setting(setting, *(ours if isinstance(ours, tuple) else (ours,)))
+    reference = ways.on_setting(setting, specified)
     return BenchCase(
         Case("grad_norm", f"{function} {setting.name}", run, reference, setting.inputs),
         torch.float32,

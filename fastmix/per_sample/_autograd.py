@@ -22,13 +22,6 @@ run_backward = without_interception(torch.autograd.backward)
 run_grad = without_interception(torch.autograd.grad)
 
 
-def refuse_create_graph() -> None:
-    if torch.is_grad_enabled():
-        raise RuntimeError(
-            "create_graph=True is not served inside grad_norms: norms of a second backward are not defined"
-        )
-
-
 def nodes_below(
     outputs: Sequence[Tensor | GradientEdge], stop: Callable[[Node], bool] = lambda node: False
 ) -> Iterator[Node]:

@@ -32,7 +32,8 @@ class Contribution(abc.ABC):
         """Σ_b weight_b ∇_b; without a weight, Σ_b ∇_b."""
 
     def norm_sq(self) -> Tensor:
-        return torch.stack([real(self.sample(b)).square().sum() for b in range(self.batch)])
+        squares = [real(self.sample(b)).square().sum() for b in range(self.batch)]
+        return torch.stack(squares) if squares else real(self.total()).new_zeros(0)
 
     def total_with_norm(self) -> tuple[Tensor, Tensor]:
         return self.total(), self.norm_sq()
@@ -42,7 +43,12 @@ class Contribution(abc.ABC):
         """∇_b, in the accumulators' dtype."""
 
     def gram(self) -> Tensor:
-        return Samples(torch.stack([self.sample(b) for b in range(self.batch)])).gram()
+        return self.apart().gram()
+
+    def apart(self) -> Samples:
+        """The same, as B gradients."""
+        grads = [self.sample(b) for b in range(self.batch)]
+        return Samples(torch.stack(grads) if grads else self.total().new_zeros((0, *self.shape)))
 
     def without_graph(self) -> Contribution:
         """The same, to be evaluated after the backward has freed the graph."""
@@ -187,7 +193,7 @@ class Generic(Contribution):
         return self._push(g)
 
     def without_graph(self) -> Contribution:
-        return Samples(torch.stack([self.sample(b) for b in range(self.batch)]))
+        return self.apart()
 
     def _push(self, g: Tensor) -> Tensor:
         grad = self.vjp(g)[self.index]
@@ -221,7 +227,7 @@ class Derived(Contribution):
     def without_graph(self) -> Contribution:
         if self.isometric:
             return Derived(self.inner.without_graph(), self.pull, self.shape, True)
-        return Samples(torch.stack([self.sample(b) for b in range(self.batch)]))
+        return self.apart()
 
 
 class Sum(Contribution):

@@ -87,7 +87,6 @@ def embedding_bag(
     if mode == "mean":
         counted = row_weight if padding is None else row_weight * (ids != padding)
         row_weight = row_weight / counted.sum(1, keepdim=True).clamp(min=1)
-    row_weight = row_weight.detach()
 
     def contributions(g: Tensor) -> list[Contribution]:
         return [Embedding(ids, g[:, None].expand(*ids.shape, -1), num, padding, row_weight)]
@@ -124,6 +123,8 @@ def _refuse_scale_by_frequency(recorder: Recorder, weight: Tensor, scale_grad_by
 
 def layer_norm(recorder: Recorder, func: Callable, input, normalized_shape, weight=None, bias=None, eps=1e-5) -> Tensor:
     def statistics(x: Tensor) -> tuple[Tensor, Tensor]:
+        if _is_differentiable(x):
+            return _moments(x, (2, 3), eps)
         _, mean, rstd = torch.native_layer_norm(x, x.shape[2:], None, None, eps)
         return mean[..., 0], rstd[..., 0]
 
@@ -220,10 +221,10 @@ def _normalize(
     output = func(*args)
     recorder.batch.put(output, place)
     recorder.expect(*targets)
-    batch, kept = recorder.batch, x.detach()
+    batch = recorder.batch
 
     def contributions(g: Tensor) -> list[Contribution]:
-        a, g = (_positions(batch.by_sample(tensor, place), first) for tensor in (kept.to(g.dtype), g))
+        a, g = (_positions(batch.by_sample(tensor, place), first) for tensor in (x.to(g.dtype), g))
         mean, rstd = statistics(a.to(torch.promote_types(a.dtype, torch.float32)))
         grads = affine_grad_sample(a, g, mean, rstd)
         pairs = zip((weight, bias), grads, strict=True)
@@ -236,8 +237,23 @@ def _normalize(
 def _of_groups(x: Tensor, num_groups: int, eps: float) -> tuple[Tensor, Tensor]:
     """Mean and reciprocal standard deviation [B, 1, C] of groups of channels of x [B, 1, C, L]."""
     b, _, c, length = x.shape
-    _, *statistics = torch.native_group_norm(x.squeeze(1), None, None, b, c, length, num_groups, eps)
+    if _is_differentiable(x):
+        statistics = _moments(x.reshape(b, num_groups, -1, length), (2, 3), eps)
+        statistics = [value[..., 0] for value in statistics]
+    else:
+        _, *statistics = torch.native_group_norm(x.squeeze(1), None, None, b, c, length, num_groups, eps)
     return tuple(value.repeat_interleave(c // num_groups, 1)[:, None] for value in statistics)
+
+
+def _is_differentiable(x: Tensor) -> bool:
+    """Whether a second backward may ask for the gradient of its statistics, which PyTorch's own do not have."""
+    return torch.is_grad_enabled() and x.requires_grad
+
+
+def _moments(x: Tensor, dims: tuple[int, ...], eps: float) -> tuple[Tensor, Tensor]:
+    """Mean and reciprocal standard deviation over dims, the last of which is kept."""
+    var, mean = torch.var_mean(x, dims, correction=0, keepdim=True)
+    return mean[..., 0], (var + eps).rsqrt()[..., 0]
 
 
 def _positions(x: Tensor, first: int) -> Tensor:

@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastmix.per_sample._autograd import refuse_create_graph
 from fastmix.per_sample._batch import Batch, Place
 from fastmix.per_sample._contributions import Contribution, Conv, Linear, Samples, sum_of
+from fastmix.per_sample._double_backward import ConvInputGrad
 from fastmix.per_sample._recorder import Recorder
 
 
@@ -30,18 +30,21 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_output: Tensor):
-        refuse_create_graph()
+        recorder, layer = ctx.recorder, ctx.layer
         x, weight = ctx.saved_tensors
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad[2:]
+        if recorder.pulling:  # a vector-Jacobian product of our own passes by
+            needs_weight = needs_bias = False
+        elif not recorder.is_spent:
+            recorder.check_backward()
         if x is None:  # whose values no gradient needs
             x = grad_output.new_empty(()).expand(ctx.x_shape)
-        dx = ctx.layer.input_grad(grad_output, x, weight) if needs_x else None
+        dx = layer.input_grad(grad_output, x, weight) if needs_x else None
         dw = db = None
         if needs_weight:
-            contribution = ctx.layer.weight_contribution(x, grad_output)
-            dw = ctx.recorder.receive(ctx.targets[0], contribution, need_total=True)
+            dw = recorder.receive(ctx.targets[0], layer.weight_contribution(x, grad_output), need_total=True)
         if needs_bias:
-            db = ctx.recorder.receive(ctx.targets[1], ctx.layer.bias_contribution(grad_output), need_total=True)
+            db = recorder.receive(ctx.targets[1], layer.bias_contribution(grad_output), need_total=True)
         return None, None, dx, dw, db
 
 
@@ -136,9 +139,6 @@ def addmm(recorder: Recorder, func: Callable, input: Tensor, mat1: Tensor, mat2:
 # Convolutions
 
 
-_INPUT_ONLY = [True, False, False]
-
-
 class _ConvLayer:
     """A convolution, or with output_padding a transposed one, for which x and g change places."""
 
@@ -160,7 +160,7 @@ class _ConvLayer:
             return dx
         options = self.options
         sizes = (options["stride"], options["padding"], options["dilation"], False, [0], options["groups"])
-        return torch.ops.aten.convolution_backward.default(g, x.to(g.dtype), weight, None, *sizes, _INPUT_ONLY)[0]
+        return ConvInputGrad.apply(g, weight, x.to(g.dtype), *sizes)
 
     def weight_contribution(self, x: Tensor, g: Tensor) -> Contribution:
         if self.output_padding is None:

@@ -21,9 +21,10 @@ from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakIdKeyDictionary
 
-from fastmix.per_sample._autograd import nodes_below, refuse_create_graph, run_backward, run_grad
-from fastmix.per_sample._batch import ROWS, Batch, Place, map_tensors, tensors_in
+from fastmix.per_sample._autograd import nodes_below, run_backward, run_grad
+from fastmix.per_sample._batch import ROWS, Batch, Place, is_in_place, is_injective, map_tensors, tensors_in
 from fastmix.per_sample._contributions import Contribution, Derived, Generic, combine
+from fastmix.per_sample._observer import Observer
 
 _NOTHING: frozenset[str] = frozenset()
 
@@ -35,6 +36,8 @@ class Recorder(TorchFunctionMode):
         super().__init__()
         self.model, self.handlers = model, handlers
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.leaves: dict[str, Tensor] = dict(self.parameters)  # what stands for them in the graph
+        self.sharded = False
         self.batch = Batch()
         self.closed = False
         # A tensor without samples → the names of the parameters that it is computed from.
@@ -47,18 +50,29 @@ class Recorder(TorchFunctionMode):
             self.sources[parameter] = frozenset((name,))
         self.uses_expected: dict[str, int] = defaultdict(int)  # those without gradients too
         self.uses_recorded: dict[Node, int] = defaultdict(int)
-        self.observers: weakref.WeakSet[_Observer] = weakref.WeakSet()
+        self.observers: weakref.WeakSet[Observer] = weakref.WeakSet()
         # Of the backward that is running
         self.running = self.retain = self.collecting = self.pulling = False
         self.fired = False
+        # What a penalty on the norms found: B, squared norms, methods. No backward is recorded after it.
+        self.penalised: tuple[int, dict[str, Tensor], dict[str, str]] | None = None
+        self.passing = False  # what is called passes by
         self.norm_sq: dict[str, Tensor] = {}
         self.methods: dict[str, str] = {}
         self.uses: dict[str, list[Contribution]] = defaultdict(list)
 
     # The forward
 
+    def stand_in(self, name: str, tensor: Tensor) -> None:
+        """From now on, the tensor is the parameter in the graph; its values may be gone after the backward."""
+        self.names[tensor], self.sources[tensor] = name, _NOTHING
+        if name in self.parameters:
+            self.leaves[name], self.sources[tensor], self.sharded = tensor, frozenset((name,)), True
+
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
+        if self.passing:
+            return func(*args, **kwargs)
         if not torch.is_grad_enabled():
             return self._in_backward(func, args, kwargs) if self.running else self._count(func, args, kwargs)
         handler = self.handlers.get(func)
@@ -108,7 +122,7 @@ class Recorder(TorchFunctionMode):
         if with_samples and any(self.is_target(tensor) for tensor in tensors):
             return self._generic(func, args, kwargs, with_samples)
         result = func(*args, **kwargs)
-        changed = [args[0]] if _is_in_place(func) and isinstance(args[0], Tensor) else []
+        changed = [args[0]] if is_in_place(func) and isinstance(args[0], Tensor) else []
         outputs = changed or list(tensors_in(result))
         if not with_samples:
             names = _NOTHING.union(*(self.sources.get(tensor, _NOTHING) for tensor in tensors))
@@ -221,7 +235,7 @@ class Recorder(TorchFunctionMode):
         self, output: Tensor, targets: list[Tensor], contributions: Callable[[Tensor], list[Contribution]]
     ) -> None:
         """In the backward, contributions(gradient of output) are what this use gives each of the targets."""
-        observer = _Observer(self, targets, contributions)
+        observer = Observer(self, targets, contributions)
         self.observers.add(observer)
         output.register_hook(observer)
         output.grad_fn.metadata["fastmix.per_sample"] = self
@@ -230,11 +244,12 @@ class Recorder(TorchFunctionMode):
 
     def receive(self, target: Tensor, contribution: Contribution, *, need_total: bool) -> Tensor | None:
         """Takes in what one use gives `target`; returns its summed gradient if that is needed."""
-        self.check_open()
+        if self.is_spent:
+            return contribution.total().view(target.shape).to(target.dtype)
         self.fired = True
         names = self.sources[target]
         (name, *others) = names
-        if not self.collecting and not others and target is self.parameters[name] and self.uses_expected[name] <= 1:
+        if not self.collecting and not others and target is self.leaves[name] and self.uses_expected[name] <= 1:
             if need_total:
                 total, norm_sq = contribution.total_with_norm()
                 self._note(name, norm_sq, contribution.fused)
@@ -244,18 +259,19 @@ class Recorder(TorchFunctionMode):
         for name in names:
             carried = self._carry(target, contribution, name)
             if self.collecting or self.uses_expected[name] > 1:
-                self.uses[name].append(carried if self.collecting else carried.without_graph())
+                keeps = self.collecting and not self.sharded
+                self.uses[name].append(carried if keeps else carried.without_graph())
             else:
                 self._note(name, carried.norm_sq(), carried.alone)
         total = need_total and not self.collecting
         return contribution.total().view(target.shape).to(target.dtype) if total else None
 
     def _carry(self, target: Tensor, contribution: Contribution, name: str) -> Contribution:
-        parameter = self.parameters[name]
+        parameter = self.leaves[name]
         if target is parameter:
             return contribution
 
-        isometric = target._base is parameter and parameter.is_contiguous() and _is_injective(target)
+        isometric = target._base is parameter and parameter.is_contiguous() and is_injective(target)
 
         def pull(grad: Tensor) -> Tensor:
             grad = grad.view(target.shape)
@@ -273,7 +289,8 @@ class Recorder(TorchFunctionMode):
         """A vector-Jacobian product through a part of the graph, inside the backward or beside it."""
         self.pulling = True
         try:
-            return run_grad(outputs, inputs, [grad], retain_graph=True, allow_unused=True)
+            create_graph = torch.is_grad_enabled()
+            return run_grad(outputs, inputs, [grad], True, create_graph, allow_unused=True)
         finally:
             self.pulling = False
 
@@ -283,25 +300,44 @@ class Recorder(TorchFunctionMode):
         self.norm_sq[name] = norm_sq
         self.methods[name] = method
 
-    def collect(self, losses: Tensor) -> dict[str, list[Contribution]]:
-        """Name → what the parameter's uses give the gradients of the losses [B]; `.grad` stays as it is."""
-        total = losses.sum()
-        self.check_uses([total])
+    def collect(
+        self,
+        outputs: Sequence[Tensor | GradientEdge],
+        grads: Sequence[Tensor | None] | None = None,
+        *,
+        create_graph: bool = False,
+    ) -> dict[str, list[Contribution]]:
+        """Name → what the parameter's uses give a backward of the outputs, from grads or ones; `.grad` stays."""
+        self.check_uses(outputs)
         self.uses.clear()
         self.running = self.retain = self.collecting = True
         try:
-            with self:  # for the second forward of checkpoints
-                run_grad([total], list(self.parameters.values()), retain_graph=True, allow_unused=True)
+            with self.pass_by() if create_graph else self:  # for the second forward of checkpoints
+                run_grad(outputs, list(self.leaves.values()), grads, True, create_graph, allow_unused=True)
             return dict(self.uses)
         finally:
             self.running = self.collecting = self.fired = False
             self.uses = defaultdict(list)
 
-    def check_uses(self, outputs: Sequence[Tensor]) -> None:
+    @contextlib.contextmanager
+    def pass_by(self) -> Iterator[None]:
+        """For functions of our own that need gradients."""
+        passing, self.passing = self.passing, True
+        try:
+            yield
+        finally:
+            self.passing = passing
+
+    @property
+    def is_spent(self) -> bool:
+        """Whether a backward that runs is an ordinary one."""
+        return self.penalised is not None and not self.collecting
+
+    def check_uses(self, outputs: Sequence[Tensor | GradientEdge]) -> None:
         """Raises if a tensor without samples leads to the outputs in a way that was not recorded."""
         if not self.uses_recorded:
             return  # a second backward through the same graph
-        followed = {get_gradient_edge(parameter).node: name for name, parameter in self.parameters.items()}
+        followed = {get_gradient_edge(leaf).node: name for name, leaf in self.leaves.items()}
         found: dict[Node, int] = defaultdict(int)
         for node in nodes_below(outputs, lambda node: "fastmix.sources" in node.metadata):
             for parent, _ in node.next_functions:
@@ -326,8 +362,9 @@ class Recorder(TorchFunctionMode):
             self.running = running
 
     def follows(self, parameters: dict[str, torch.nn.Parameter]) -> bool:
-        own = self.parameters
-        return own.keys() == parameters.keys() and all(own[name] is parameters[name] for name in own)
+        """Whether these are the recorded ones, sharded or not, under whatever names."""
+        names = {id(p): name for own in (self.parameters, self.leaves) for name, p in own.items()}
+        return {names.get(id(p)) for p in parameters.values()} == self.parameters.keys()
 
     def finish(self) -> tuple[dict[str, Tensor], dict[str, str]]:
         """Squared norms and methods of the backward that ended, by parameter; the next one starts afresh."""
@@ -342,6 +379,12 @@ class Recorder(TorchFunctionMode):
             self.batch, self.uses_expected, self.uses_recorded = Batch(), defaultdict(int), defaultdict(int)
         return found
 
+    def check_backward(self) -> None:
+        """Of the backward that runs."""
+        self.check_open()
+        if torch.is_grad_enabled() and not self.collecting:
+            raise RuntimeError("create_graph=True is not served inside grad_norms: the norms are not differentiable")
+
     def check_open(self) -> None:
         if self.closed and not self.collecting:
             raise RuntimeError(
@@ -354,46 +397,3 @@ class Recorder(TorchFunctionMode):
             observer.release()
         self.observers.clear()
         self.uses.clear()
-
-
-class _Observer:
-    """A hook of a function's output."""
-
-    def __init__(
-        self, recorder: Recorder, targets: list[Tensor], contributions: Callable[[Tensor], list[Contribution]]
-    ):
-        self.recorder, self.targets, self.contributions = recorder, targets, contributions
-
-    def __call__(self, grad: Tensor | None) -> None:
-        if self.recorder.pulling or grad is None:
-            return  # a vector-Jacobian product of our own passes by, or nothing
-        self.recorder.check_open()
-        if self.contributions is None:
-            raise RuntimeError("a second backward through the same graph needs retain_graph=True in the first one")
-        refuse_create_graph()
-        for target, contribution in zip(self.targets, self.contributions(grad), strict=True):
-            self.recorder.receive(target, contribution, need_total=False)
-        if self.recorder.running and not self.recorder.retain:
-            self.release()
-
-    def release(self) -> None:
-        self.targets = self.contributions = None
-
-
-def _is_injective(view: Tensor) -> bool:
-    """Whether no two elements share memory."""
-    reach = 0
-    for stride, size in sorted(zip(view.stride(), view.shape, strict=True)):
-        if size > 1:
-            if stride <= reach:
-                return False
-            reach += stride * (size - 1)
-    return True
-
-
-def _is_in_place(func: Callable) -> bool:
-    name = getattr(func, "__name__", "")
-    return (name.endswith("_") and not name.endswith("__")) or name == "__setitem__" or name in _IN_PLACE
-
-
-_IN_PLACE = frozenset(f"__{name}__" for name in ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow"))

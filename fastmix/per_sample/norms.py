@@ -12,6 +12,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from fastmix.ops._check import check_choice
 from fastmix.per_sample._autograd import run_backward
+from fastmix.per_sample._distributed import check_kind, check_seen, follow_shards, reshard
 from fastmix.per_sample._functions import HANDLERS
 from fastmix.per_sample._recorder import Recorder
 
@@ -83,17 +84,16 @@ class RecordedNorms(GradNorms):
         return len(self._groups)
 
     @property
-    def grad_scale(self) -> float:
-        """The factor that makes the gradient in `.grad` that of the samples' mean loss."""
+    def sample_scale(self) -> float:
+        """The factor of each sample's gradient in the gradient of the loss."""
         self._finish()
-        batch = 1 if self._reduction == "mean" else max(self._groups[-1][0], 1)
-        return 1 / (batch * self._loss_scale)
+        return self._loss_scale / (max(self._groups[-1][0], 1) if self._reduction == "mean" else 1)
 
     def backward(self, per_sample_losses: Tensor, *, retain_graph: bool = False) -> None:
         """Runs the backward of the losses' mean, or of their sum if the block's loss_reduction is "sum".
 
         Args:
-            per_sample_losses: [B], sample i's loss in place i.
+            per_sample_losses: [B], sample i's loss in place i, of this process's samples.
             retain_graph: as of torch.Tensor.backward.
 
         Raises:
@@ -118,6 +118,10 @@ class RecordedNorms(GradNorms):
         self, tensors, grad_tensors=None, retain_graph=None, create_graph=False, grad_variables=None, inputs=None
     ) -> None:
         recorder = self._recorder
+        if recorder.is_spent:
+            with recorder.pass_by():
+                run_backward(tensors, grad_tensors, retain_graph, create_graph, grad_variables, inputs)
+            return
         if create_graph:
             raise RuntimeError("create_graph=True is not served inside grad_norms: the norms are not differentiable")
         self._take_in()
@@ -126,7 +130,9 @@ class RecordedNorms(GradNorms):
                 "a second backward in one grad_norms block: open a block for each, or pass accumulate=True to append "
                 "its samples"
             )
-        recorder.check_uses([tensors] if isinstance(tensors, Tensor) else tensors)
+        outputs = [tensors] if isinstance(tensors, Tensor) else tensors
+        check_seen(recorder, outputs)
+        recorder.check_uses(outputs)
         recorder.running, recorder.retain = True, bool(retain_graph)
         try:
             with recorder:  # for the second forward of checkpoints
@@ -147,6 +153,8 @@ class RecordedNorms(GradNorms):
     def _take_in(self) -> None:
         """Closes the group of a backward that has run."""
         recorder = self._recorder
+        if recorder.penalised is not None:
+            self._groups = [recorder.penalised]
         if not recorder.fired:
             return
         batch = recorder.batch.size or 0
@@ -175,6 +183,10 @@ def grad_norms(
     path that is slower (see `methods` of the result). The batch is the first dimension of the model's first tensor
     argument and of what its layers see. Compiled models run eagerly inside the block.
 
+    On several processes, the model may be in `DistributedDataParallel` or sharded by `fully_shard` (FSDP2): a block
+    finds the norms of its process's samples, over all parameters, and `.grad` holds what PyTorch makes of the
+    processes' losses, their mean. FullyShardedDataParallel and tensor parallel layers are not served.
+
     Args:
         model: whose parameters that require a gradient are followed.
         loss_reduction: "mean": the loss is the mean of the samples' losses L_i, and norms are of L_i, not of L_i / B;
@@ -186,8 +198,9 @@ def grad_norms(
         A context manager that gives the `RecordedNorms`.
 
     Raises:
-        ValueError: loss_reduction is unknown, loss_scale is not positive, the model has no trainable parameter, or, in
-            the block, a layer sees another batch size or is coupled across the batch (BatchNorm in training).
+        ValueError: loss_reduction is unknown, loss_scale is not positive, the model has no trainable parameter or one
+            that is distributed in a way that is not served, or, in the block, a layer sees another batch size or is
+            coupled across the batch (BatchNorm in training).
         RuntimeError: a block is open for the model already; in the block: a second backward without accumulate=True, a
             backward with create_graph=True; after it: a backward of what was recorded in it.
 
@@ -198,6 +211,8 @@ def grad_norms(
     check_choice("loss_reduction", loss_reduction, ("mean", "sum"))
     if not loss_scale > 0:
         raise ValueError(f"loss_scale must be positive, got {loss_scale}")
+    check_kind(model)
+    reshard(model)
     recorder = Recorder(model, HANDLERS)
     norms = RecordedNorms(recorder, loss_reduction, float(loss_scale), accumulate)
     with record(model, recorder):
@@ -229,7 +244,7 @@ def record(model: nn.Module, recorder: Recorder) -> Iterator[None]:
     eager = torch.compiler.set_stance("force_eager") if compiled else contextlib.nullcontext()
     _recorded.update((parameter, True) for parameter in parameters)
     try:
-        with eager, recorder:
+        with eager, follow_shards(model, recorder), recorder:
             yield
     finally:
         for parameter in parameters:
