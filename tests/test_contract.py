@@ -17,7 +17,8 @@ import fastmix
 
 ROOT = Path(__file__).parent.parent
 OPS = {"scaled_attention", "token_mixing", "external_attention", "token_conv", "fft_mixing", "beam_search"}
-OPS |= {"grad_norm", "conv_grad_norm", "affine_grad_norm", "embedding_grad_norm"}
+OPS |= {"grad_norm", "conv_grad_norm", "affine_grad_norm", "embedding_grad_norm", "gradient_ratio"}
+OPS |= {"importance_weighted_log_prob"}
 METHODS = ("nn", "per_sample", "generation", "losses")  # the folders that stand on the public ops
 SOURCES = ("csrc", "fastmix", "tritonkernels", "benchmarks", "tests", "examples")
 
@@ -188,7 +189,7 @@ def test_the_package_lists_its_folders_and_no_other_top_level_name():
 def _public() -> dict[str, object]:
     """Dotted name → object, of every `__all__` that users import from."""
     integrations = [path for path in _files("fastmix/integrations") if not path.stem.startswith("_")]
-    packages = ["fastmix", *(f"fastmix.integrations.{path.stem}" for path in integrations)]
+    packages = ["fastmix", "fastmix.init", *(f"fastmix.integrations.{path.stem}" for path in integrations)]
     packages += [f"fastmix.{folder}" for folder in METHODS if (ROOT / "fastmix" / folder).is_dir()]
     modules = {package: importlib.import_module(package) for package in packages}
     found = {

@@ -14,9 +14,14 @@ from fastmix.nn.fft_mixing import FourierMixing, GlobalFilter
 from fastmix.nn.fnet import FNet, FNetBlock, LinearMixing, fnet_base, fnet_large
 from fastmix.nn.gfnet import GFNet, GFNetBlock
 from fastmix.nn.gmlp import GMLP, GMLPBlock, SpatialGatingUnit, gmlp_b16, gmlp_s16, gmlp_ti16
+from fastmix.nn.gradient_normalized import GradientNormalized
 from fastmix.nn.mixer import MixerBlock, MLPMixer, mixer_b16, mixer_l16, mixer_s16
+from fastmix.nn.ntk_linear import NTKLinear
+from fastmix.nn.residual import Residual
 from fastmix.nn.resmlp import ResMLP, ResMLPBlock, resmlp_12, resmlp_24, resmlp_36
+from fastmix.nn.rms_norm import RMSNorm
 from fastmix.nn.roformer import RoFormerBlock, RoFormerEncoder, RoFormerForSeq2Seq
+from fastmix.nn.roformer_sim import RoFormerSim, RoFormerSimOutput
 from fastmix.nn.synthesizer import Synthesizer, SynthesizerEncoder
 from fastmix.nn.t5_attention import T5Attention
 from fastmix.nn.token_conv import TokenConv, TokenConvEncoder
@@ -37,17 +42,23 @@ __all__ = [
     "GFNetBlock",
     "GMLPBlock",
     "GlobalFilter",
+    "GradientNormalized",
     "ImageModel",
     "LinearMixing",
     "MLPMixer",
     "MixerBlock",
     "MultiheadAttention",
+    "NTKLinear",
     "PreNormBlock",
+    "RMSNorm",
     "ResMLP",
     "ResMLPBlock",
+    "Residual",
     "RoFormerBlock",
     "RoFormerEncoder",
     "RoFormerForSeq2Seq",
+    "RoFormerSim",
+    "RoFormerSimOutput",
     "SpatialGatingUnit",
     "Synthesizer",
     "SynthesizerEncoder",

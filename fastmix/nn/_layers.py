@@ -1,4 +1,4 @@
-"""Layers that the models share: drop-path, affine, MLPs, patch embedding, initialisation."""
+"""What the models share: drop-path, affine, MLPs, patch embedding, initialisation, checks of token ids."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from fastmix.ops._check import check_choice, shape_text
+from fastmix.init import lecun_truncated_normal_
+from fastmix.ops._check import check_choice, check_tensor, dtype_name, shape_text
 from fastmix.ops.token_mixing import token_mixing_mlp
 
 # The op's activations, as modules for what is not fused.
@@ -19,9 +20,6 @@ ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "relu": nn.ReLU,
     "silu": nn.SiLU,
 }
-
-# The standard deviation of a normal distribution with σ = 1 that is cut off at ±2σ.
-_TRUNCATED_STD = 0.8796256610342398
 
 
 class DropPath(nn.Module):
@@ -177,11 +175,21 @@ def init_lecun(model: nn.Module) -> None:
     """Flax's default: weights of variance 1/fan-in from a normal distribution cut off at ±2σ; biases 0."""
     for module in model.modules():
         if isinstance(module, (nn.Linear, nn.Conv2d)):
-            lecun_normal_(module.weight)
+            lecun_truncated_normal_(module.weight)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
 
 
-def lecun_normal_(weight: Tensor) -> Tensor:
-    std = weight[0].numel() ** -0.5 / _TRUNCATED_STD
-    return nn.init.trunc_normal_(weight, std=std, a=-2 * std, b=2 * std)
+def check_ids(name: str, ids: Tensor, like: Tensor | None = None) -> None:
+    check_tensor(name, ids)
+    if ids.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"{name} must be int32 or int64, got {dtype_name(ids.dtype)}")
+    if like is not None:
+        check_ids_shape(name, ids, like)
+    elif ids.ndim != 2:
+        raise ValueError(f"{name} must be [B, S], got {shape_text(ids)}")
+
+
+def check_ids_shape(name: str, tensor: Tensor, input_ids: Tensor) -> None:
+    if tensor.shape != input_ids.shape:
+        raise ValueError(f"{name} must be shaped as input_ids, {shape_text(input_ids)}, got {shape_text(tensor)}")

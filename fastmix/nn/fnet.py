@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastmix.nn._layers import Mlp, add_weight, check_tokens, lecun_normal_
+from fastmix.init import lecun_truncated_normal_
+from fastmix.nn._layers import Mlp, add_weight, check_tokens
 from fastmix.nn.fft_mixing import FourierMixing
 from fastmix.ops._check import check_choice
 from fastmix.ops.token_mixing import token_linear
@@ -30,7 +31,7 @@ class LinearMixing(nn.Module):
         super().__init__()
         for name, size in (("weight_tokens", seq_len), ("weight_channels", dim)):
             weight = torch.empty(size, size)
-            weight = nn.init.normal_(weight, std=0.02) if trainable else lecun_normal_(weight)
+            weight = nn.init.normal_(weight, std=0.02) if trainable else lecun_truncated_normal_(weight)
             add_weight(self, name, weight, trainable)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastmix.nn._layers import ACTIVATIONS, check_heads
-from fastmix.ops._check import check_choice, check_tensor, dtype_name, shape_text
+from fastmix.nn._answers import WritesAnswers
+from fastmix.nn._layers import ACTIVATIONS, check_heads, check_ids, check_ids_shape
+from fastmix.ops._check import check_choice, shape_text
 from fastmix.ops.scaled_attention import Rotary, scaled_attention
 
 
@@ -124,7 +125,7 @@ class RoFormerEncoder(nn.Module):
         blocks = (RoFormerBlock(embed_dim, num_heads, mlp_ratio, **named) for _ in range(num_blocks))
         positions = _SinusoidalPositions(max_seq_len, head_dim)
         self.encoder = nn.ModuleDict({"embed_positions": positions, "layer": nn.ModuleList(blocks)})
-        _init_normal(self)
+        init_normal(self)
 
     def forward(
         self,
@@ -153,15 +154,15 @@ class RoFormerEncoder(nn.Module):
             TypeError: ids are no int32 or int64.
             ValueError: a shape does not fit, the sequence is too long, or attention_mask and lengths are both given.
         """
-        _check_ids("input_ids", input_ids)
+        check_ids("input_ids", input_ids)
         if input_ids.shape[1] > self.max_seq_len:
             longest = f"[B, S] with S ≤ max_seq_len = {self.max_seq_len}"
             raise ValueError(f"input_ids must be {longest}, got {shape_text(input_ids)}")
         if token_type_ids is not None:
-            _check_ids("token_type_ids", token_type_ids, input_ids)
+            check_ids("token_type_ids", token_type_ids, input_ids)
         attn_mask = None
         if attention_mask is not None:
-            _check_shape("attention_mask", attention_mask, input_ids)
+            check_ids_shape("attention_mask", attention_mask, input_ids)
             if lengths is not None:
                 raise ValueError("attention_mask must be None where lengths are given")
             attn_mask = (attention_mask != 0)[:, None, None]
@@ -174,7 +175,7 @@ class RoFormerEncoder(nn.Module):
         return x
 
 
-class RoFormerForSeq2Seq(nn.Module):
+class RoFormerForSeq2Seq(WritesAnswers):
     """A RoFormer that reads a source and writes an answer in one pass, token ids [B, S] to logits [B, S, vocab_size].
 
     UniLM's mask: the source's tokens see each other, the answer's see the source and what is before them. The
@@ -224,18 +225,15 @@ class RoFormerForSeq2Seq(nn.Module):
             TypeError: ids are no int32 or int64.
             ValueError: a shape does not fit, or neither token_type_ids nor prefix_len is given.
         """
-        _check_ids("input_ids", input_ids)
         if prefix_len is None:
-            if token_type_ids is None:
-                raise ValueError("prefix_len must be given where token_type_ids is None, got None")
-            _check_ids("token_type_ids", token_type_ids, input_ids)
-            prefix_len = (token_type_ids.cumsum(dim=1) == 0).sum(dim=1)
+            prefix_len = source_lengths(input_ids, token_type_ids)
         x = self.roformer(input_ids, attention_mask, token_type_ids, lengths=lengths, prefix_len=prefix_len)
-        logits = self.cls["predictions"](x, self.roformer.embeddings.word_embeddings.weight)
-        if labels is None:
-            return logits, None
-        _check_ids("labels", labels, input_ids)
-        return logits, F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten().long())
+        logits = self.predict(x)
+        return logits, None if labels is None else next_token_loss(logits, labels, input_ids)
+
+    def predict(self, x: Tensor) -> Tensor:
+        """Logits [..., vocab_size] of what the encoder gives, [..., C]."""
+        return self.cls["predictions"](x, self.roformer.embeddings.word_embeddings.weight)
 
 
 class _Embeddings(nn.Module):
@@ -317,7 +315,7 @@ class _PredictionHead(nn.Module):
         self.transform = nn.ModuleDict({"dense": dense, "LayerNorm": nn.LayerNorm(size, eps=norm.eps)})
         self.act = act
         self.bias = nn.Parameter(torch.zeros(vocab_size))
-        _init_normal(self)
+        init_normal(self)
 
     def forward(self, x: Tensor, words: Tensor) -> Tensor:
         return F.linear(self.transform["LayerNorm"](self.act(self.transform["dense"](x))), words, self.bias)
@@ -350,7 +348,21 @@ def _rotate(x: Tensor, rotary: Rotary) -> Tensor:
     return torch.stack(rotated, dim=-1).flatten(3).to(x.dtype)
 
 
-def _init_normal(model: nn.Module) -> None:
+def source_lengths(input_ids: Tensor, token_type_ids: Tensor | None) -> Tensor:
+    """[B], the zeros that begin each row of token_type_ids."""
+    check_ids("input_ids", input_ids)
+    if token_type_ids is None:
+        raise ValueError("prefix_len must be given where token_type_ids is None, got None")
+    check_ids("token_type_ids", token_type_ids, input_ids)
+    return (token_type_ids.cumsum(dim=1) == 0).sum(dim=1)
+
+
+def next_token_loss(logits: Tensor, labels: Tensor, input_ids: Tensor) -> Tensor:
+    check_ids("labels", labels, input_ids)
+    return F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten().long())
+
+
+def init_normal(model: nn.Module) -> None:
     """Weights of linear layers and embeddings normal with σ = 0.02, biases and the padding's embedding 0."""
     for module in model.modules():
         if isinstance(module, (nn.Linear, nn.Embedding)):
@@ -360,18 +372,3 @@ def _init_normal(model: nn.Module) -> None:
         elif isinstance(module, nn.Embedding) and module.padding_idx is not None:
             with torch.no_grad():
                 module.weight[module.padding_idx].zero_()
-
-
-def _check_ids(name: str, ids: Tensor, like: Tensor | None = None) -> None:
-    check_tensor(name, ids)
-    if ids.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"{name} must be int32 or int64, got {dtype_name(ids.dtype)}")
-    if like is not None:
-        _check_shape(name, ids, like)
-    elif ids.ndim != 2:
-        raise ValueError(f"{name} must be [B, S], got {shape_text(ids)}")
-
-
-def _check_shape(name: str, tensor: Tensor, input_ids: Tensor) -> None:
-    if tensor.shape != input_ids.shape:
-        raise ValueError(f"{name} must be shaped as input_ids, {shape_text(input_ids)}, got {shape_text(tensor)}")

@@ -12,4 +12,6 @@ OPS = {
     "conv_grad_norm": "fastmix.testing.conv_grad_norm",
     "affine_grad_norm": "fastmix.testing.affine_grad_norm",
     "embedding_grad_norm": "fastmix.testing.embedding_grad_norm",
+    "gradient_ratio": "fastmix.testing.gradient_ratio",
+    "importance_weighted_log_prob": "fastmix.testing.importance_weighted_log_prob",
 }
