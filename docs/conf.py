@@ -15,8 +15,8 @@ napoleon_use_ivar = True
 
 
 def setup(app):
-    # Docstrings are plain text: [B, I, *spatial] begins no emphasis.
+    # Docstrings are plain text: [B, I, *spatial] begins no emphasis, |D| is no substitution.
     def escape(app, what, name, obj, options, lines):
-        lines[:] = [line.replace("*", "\\*") for line in lines]
+        lines[:] = [line.replace("*", "\\*").replace("|", "\\|") for line in lines]
 
     app.connect("autodoc-process-docstring", escape, priority=900)

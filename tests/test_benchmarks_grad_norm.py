@@ -21,7 +21,10 @@ from fastmix.benchmarks.harness import BOTH, FORWARD, OURS
 from fastmix.benchmarks.limits import Limits
 
 # Opacus has hooks on layers whose input needs no gradient.
-pytestmark = pytest.mark.filterwarnings("ignore:Full backward hook is firing")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Full backward hook is firing"),
+    pytest.mark.usefixtures("global_flags"),
+]
 
 LIMITS = Limits(copy_gbps=10.0, product_gflops=100.0, exp_gops=1.0)
 MODULES = (bench_grad_norm, bench_conv_grad_norm, bench_affine_grad_norm, bench_embedding_grad_norm)
@@ -54,12 +57,6 @@ TASKS = {
 UNABLE = {("norms", "LM"): {"backpack, BatchL2Grad"}}
 # PyTorch's attention has no double backward on a CPU.
 IMPOSSIBLE = {("parameter penalty", "LM")}
-
-
-@pytest.fixture(autouse=True)
-def global_flags(monkeypatch):
-    """opacus sets one of PyTorch's, which `opcheck`, in another test of this process, has forbidden for good."""
-    monkeypatch.setitem(torch.backends.flags_frozen.__globals__, "__allow_nonbracketed_mutation_flag", True)
 
 
 def run(bench):

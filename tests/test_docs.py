@@ -15,7 +15,7 @@ def _blocks(page: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("page", sorted(page.name for page in DOCS.glob("*.md") if _blocks(page)))
-def test_code_runs(page, tmp_path, monkeypatch):
+def test_code_runs(page, tmp_path, monkeypatch, global_flags):
     """Each block alone, as a reader would paste it."""
     monkeypatch.chdir(tmp_path)
     for block in _blocks(DOCS / page):

@@ -19,7 +19,7 @@ WITHOUT_PRODUCTS = {"fourier_mixing_fold_kernel"} | {
 WITHOUT_PRODUCTS |= {f"token_{part}_kernel" for part in ("statistics", "norm", "norm_bwd", "pack", "factor_bwd")}
 WITHOUT_PRODUCTS |= {"affine_grad_sample_kernel", "linear_grad_norm_choose_kernel", "linear_grad_norm_row_kernel"}
 WITHOUT_PRODUCTS |= {f"gradient_ratio_{part}kernel" for part in ("norm_", "", "bwd_")}
-WITHOUT_PRODUCTS |= {f"importance_weight_{part}kernel" for part in ("", "bwd_")}
+WITHOUT_PRODUCTS |= {f"importance_weight_{part}kernel" for part in ("", "merge_", "bwd_")}
 
 
 @pytest.mark.parametrize("target", [80, 90, 100])

@@ -73,7 +73,9 @@ def importance_weight_kernel(
 
 
 @triton.jit
-def merge_kernel(part_ptr, log_ptr, value_ptr, normalizer_ptr, blocks, log_sample, log_size, BLOCK: tl.constexpr):
+def importance_weight_merge_kernel(
+    part_ptr, log_ptr, value_ptr, normalizer_ptr, blocks, log_sample, log_size, BLOCK: tl.constexpr
+):
     """part [B, blocks, 2]; log [B, K]; value [B]; normalizer [B, 2]: what the sum is relative to, and the sum."""
     b = tl.program_id(0).to(tl.int64)
     part_ptr += 2 * b * blocks
@@ -160,7 +162,7 @@ def importance_weighted_log_prob(log_px_z: Tensor, z: Tensor, mu: Tensor, logvar
     value = torch.empty(b, device=z.device, dtype=torch.float32)
     normalizer = torch.empty(b, 2, device=z.device, dtype=torch.float32)
     launch(
-        merge_kernel,
+        importance_weight_merge_kernel,
         b,
         {"num_warps": 1, "num_stages": 1},
         part_ptr=parts,

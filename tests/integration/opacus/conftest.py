@@ -38,9 +38,8 @@ class Run(NamedTuple):
 
 
 @pytest.fixture(autouse=True)
-def global_flags(monkeypatch):
-    """opacus sets one of PyTorch's, which `opcheck`, in another test of this process, has forbidden for good."""
-    monkeypatch.setitem(torch.backends.flags_frozen.__globals__, "__allow_nonbracketed_mutation_flag", True)
+def _opacus_flags(global_flags):
+    """For all tests here."""
 
 
 @pytest.fixture
