@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import argparse
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
+import wordnet
 from torch import Tensor
 from tqdm import tqdm
 
@@ -41,7 +42,7 @@ def pad(rows: list[list[int]]) -> Tensor:
 
 
 def add_options(parser: argparse.ArgumentParser, *, epochs: int) -> None:
-    parser.add_argument("--wordnet", type=Path, default=Path("/usr/share/wordnet"), help="a folder with data.noun")
+    wordnet.add_option(parser)
     parser.add_argument("--epochs", type=int, default=epochs)
     parser.add_argument("--dim", type=int, default=128, help="channels, a multiple of 32")
     parser.add_argument("--blocks", type=int, default=4)
@@ -49,22 +50,6 @@ def add_options(parser: argparse.ArgumentParser, *, epochs: int) -> None:
     parser.add_argument("--beams", type=int, default=4)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="where to write the table, Markdown")
-
-
-def nouns(folder: Path) -> Iterator[list[str]]:
-    """The fields of each of WordNet's synsets of nouns (wndb(5WN))."""
-    path = folder / "data.noun"
-    if not path.is_file():
-        raise SystemExit(f"no WordNet at {path}: install Debian's wordnet-base, or name its folder by --wordnet")
-    with path.open(encoding="ascii") as lines:
-        for line in lines:
-            if not line.startswith(" "):  # the licence
-                yield line.split(" | ")[0].split()
-
-
-def noun_names(fields: list[str]) -> list[str]:
-    count = int(fields[3], 16)
-    return [name.replace("_", " ") for name in fields[4 : 4 + 2 * count : 2]]
 
 
 def train(pairs: list[Pair], alphabet: Alphabet, longest: int, options: argparse.Namespace) -> RoFormerForSeq2Seq:
@@ -110,42 +95,23 @@ def _loss(model: RoFormerForSeq2Seq, pairs: list[Pair]) -> Tensor:
 
 
 class Reader:
-    """The model on a batch of questions: `trie_beam_search` asks it for the logits of what follows."""
+    """A model that counts its calls: what `trie_beam_search` asks for the logits of what follows the questions."""
 
     def __init__(self, model: RoFormerForSeq2Seq, questions: list[list[int]]) -> None:
-        self.model, self.questions, self.calls = model, pad(questions), 0
-        self.lengths = torch.tensor([len(question) for question in questions])
+        self.calls = 0
+        self.step = model.step_fn(pad(questions), torch.tensor([len(question) for question in questions]))
 
-    def __call__(
-        self, tokens: Tensor | None, beam_index: Tensor | None, decoded: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """tokens [B, K] or [B, K, T] are appended to decoded [B, K, N]."""
-        if tokens is None:
-            decoded = torch.empty(len(self.questions), 1, 0, dtype=torch.long)
-            return self._logits(decoded, 1)[:, 0, 0], decoded
-        added = tokens if tokens.ndim == 3 else tokens[..., None]
-        rows = beam_index[..., None].expand(-1, -1, decoded.shape[2])
-        decoded = torch.cat([decoded.gather(1, rows), added], dim=2)
-        logits = self._logits(decoded, added.shape[2])
-        return logits if tokens.ndim == 3 else logits[:, :, 0], decoded
-
-    def _logits(self, decoded: Tensor, last: int) -> Tensor:
-        """[B, K, last, V]: of what follows each of the last tokens."""
+    def __call__(self, *args) -> tuple[Tensor, object]:
         self.calls += 1
-        b, k, n = decoded.shape
-        prefix = self.lengths.repeat_interleave(k)
-        text = torch.nn.functional.pad(self.questions.repeat_interleave(k, 0), (0, n), value=PAD)
-        text.scatter_(1, prefix[:, None] + torch.arange(n), decoded.view(b * k, n))
-        is_answer = torch.arange(text.shape[1]) >= prefix[:, None]
-        logits, _ = self.model(text, is_answer.long(), prefix, lengths=prefix + n)
-        place = prefix[:, None] + torch.arange(n - last, n)
-        return logits.gather(1, place[..., None].expand(-1, -1, logits.shape[2])).view(b, k, last, -1)
+        return self.step(*args)
 
 
 def write_freely(reader: Reader, longest: int) -> list[list[int]]:
     """The most probable character, one after the other, without a tree."""
-    logits, decoded = reader(None, None, None)
-    first = torch.zeros(len(logits), 1, dtype=torch.long)
-    while decoded.shape[2] < longest and not (decoded == EOS).any(2).all():
-        logits, decoded = reader(logits.view(len(logits), -1).argmax(-1, keepdim=True), first, decoded)
-    return [row[: row.index(EOS)] if EOS in row else row for row in decoded[:, 0].tolist()]
+    logits, state = reader(None, None, None)
+    first, written = torch.zeros(len(logits), 1, dtype=torch.long), []
+    while len(written) < longest and not (written and (torch.cat(written, 1) == EOS).any(1).all()):
+        written.append(logits.view(len(logits), -1).argmax(-1, keepdim=True))
+        logits, state = reader(written[-1], first, state)
+    rows = torch.cat(written, 1).tolist()
+    return [row[: row.index(EOS)] if EOS in row else row for row in rows]

@@ -22,9 +22,10 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from character_seq2seq import BATCH, EOS, Alphabet, Reader, add_options, noun_names, nouns, train, write_freely
+from character_seq2seq import BATCH, EOS, Alphabet, Reader, add_options, train, write_freely
 from tabulate import tabulate
 from tqdm import tqdm
+from wordnet import nouns
 
 from fastmix import Trie
 from fastmix.generation import trie_beam_search
@@ -40,7 +41,7 @@ class Score:
 
 
 def load_names(folder: Path) -> list[str]:
-    return sorted({name for fields in nouns(folder) for name in noun_names(fields)})
+    return sorted({name for noun in nouns(folder) for name in noun.names})
 
 
 def misspell(name: str, generator: random.Random) -> str:

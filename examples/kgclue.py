@@ -25,9 +25,10 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from character_seq2seq import BATCH, EOS, SEP, Alphabet, Reader, add_options, noun_names, nouns, train, write_freely
+from character_seq2seq import BATCH, EOS, SEP, Alphabet, Reader, add_options, train, write_freely
 from tabulate import tabulate
 from tqdm import tqdm
+from wordnet import nouns
 
 from fastmix import Trie
 from fastmix.generation import lookahead_bias, trie_beam_search
@@ -101,13 +102,12 @@ FILES += ["quantity", "relation", "shape", "state", "substance", "time"]
 
 def generate(folder: Path, count: int, seed: int) -> Data:
     """`count` questions on WordNet's nouns, a tenth of them for the test; the knowledge base is all of its triples."""
-    synsets = {fields[0]: (int(fields[1]), noun_names(fields), _pointers(fields)) for fields in nouns(folder)}
+    synsets = {noun.offset: noun for noun in nouns(folder)}
     triples = [
-        Example("", name, PREDICATES[kind], FILES[number - 3], synsets[target][1][0])
-        for number, names, pointers in synsets.values()
-        for kind, target in pointers
+        Example("", noun.names[0], PREDICATES[kind], FILES[noun.file - 3], synsets[target].names[0])
+        for noun in synsets.values()
+        for kind, target in noun.pointers
         if target in synsets and kind in PREDICATES
-        for name in names[:1]
     ]
     knowledge, generator = _knowledge(triples), random.Random(seed)
     drawn = generator.sample(sorted(knowledge.items()), min(count, len(knowledge)))
@@ -117,12 +117,6 @@ def generate(folder: Path, count: int, seed: int) -> Data:
     ]
     held_out = max(1, len(examples) // 10)
     return Data(examples[held_out:], examples[:held_out], knowledge)
-
-
-def _pointers(fields: list[str]) -> list[tuple[str, str]]:
-    """(kind, offset) of a synset's pointers to nouns."""
-    _, *pointers = fields[4 + 2 * int(fields[3], 16) :]
-    return [(pointers[i], pointers[i + 1]) for i in range(0, len(pointers), 4) if pointers[i + 2] == "n"]
 
 
 def tokens_of(alphabet: Alphabet, key: tuple[str, str, str]) -> list[int]:

@@ -16,24 +16,13 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
+from digits_data import Digits, load, standardised
 from tabulate import tabulate
 from torch import Tensor, nn
 
 from fastmix import per_sample
 
 BATCH = 64
-
-
-@dataclass(frozen=True)
-class Digits:
-    """Images [N, 1, 8, 8] of mean 0 and deviation 1, and labels [N]; the split is the same every time."""
-
-    train_images: Tensor
-    train_labels: Tensor
-    test_images: Tensor
-    test_labels: Tensor
 
 
 @dataclass(frozen=True)
@@ -75,15 +64,6 @@ def cnn() -> nn.Module:
 
 
 MODELS: dict[str, Callable[[], nn.Module]] = {"transformer": Transformer, "cnn": cnn}
-
-
-def load() -> Digits:
-    images, labels = load_digits(return_X_y=True)
-    parts = train_test_split(images, labels, test_size=0.2, stratify=labels, random_state=0)
-    train_images, test_images = (torch.tensor(part, dtype=torch.float32).view(-1, 1, 8, 8) for part in parts[:2])
-    train_labels, test_labels = map(torch.tensor, parts[2:])
-    mean, std = train_images.mean(), train_images.std()
-    return Digits((train_images - mean) / std, train_labels, (test_images - mean) / std, test_labels)
 
 
 def norms_of(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
@@ -140,7 +120,7 @@ def main(argv: list[str] | None = None) -> dict[str, Run]:
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args(argv)
     torch.set_num_threads(options.threads)
-    data = load()
+    data = standardised(load())
     runs = {name: train(name, data, options.epochs) for name in options.model or MODELS}
     rows = [
         (

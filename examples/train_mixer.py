@@ -18,9 +18,8 @@ from unittest import mock
 
 import torch
 import torch.nn.functional as F
+from digits_data import Digits, load, standardised
 from matplotlib.figure import Figure
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
 from tabulate import tabulate
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -87,25 +86,6 @@ class Run:
     accuracy: float
 
 
-@dataclass(frozen=True)
-class Digits:
-    """Images [N, 1, 8, 8] of mean 0 and deviation 1, and labels [N]; the split is the same every time."""
-
-    train_images: Tensor
-    train_labels: Tensor
-    test_images: Tensor
-    test_labels: Tensor
-
-
-def load() -> Digits:
-    images, labels = load_digits(return_X_y=True)
-    parts = train_test_split(images, labels, test_size=0.2, stratify=labels, random_state=0)
-    train_images, test_images = (torch.tensor(part, dtype=torch.float32).view(-1, 1, 8, 8) for part in parts[:2])
-    train_labels, test_labels = map(torch.tensor, parts[2:])
-    mean, std = train_images.mean(), train_images.std()
-    return Digits((train_images - mean) / std, train_labels, (test_images - mean) / std, test_labels)
-
-
 def train(name: str, data: Digits, epochs: int, dtype: torch.dtype = torch.float32) -> Run:
     """Trains a model of MODELS; its weights and batches depend on nothing but the arguments."""
     torch.manual_seed(0)
@@ -157,7 +137,7 @@ def main(argv: list[str] | None = None) -> dict[str, tuple[Run, Run]]:
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args(argv)
     torch.set_num_threads(options.threads)
-    data, runs = load(), {}
+    data, runs = standardised(load()), {}
     for name in options.model or MODELS:
         fast = train(name, data, options.epochs)
         with without_kernels():

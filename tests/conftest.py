@@ -12,6 +12,11 @@ if level := os.environ.get("ATEN_CPU_CAPABILITY"):
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", os.path.join(tempfile.gettempdir(), f"torchinductor_{level}"))
 
 import contextlib
+import importlib.util
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -20,6 +25,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fastmix import _library
 from fastmix.benchmarks.torchvision_ops import define_torchvision_ops
 from fastmix.ops import _route
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
 def pytest_configure(config):
@@ -103,3 +110,37 @@ def needs_cuda_kernels():
     if not _library.cuda_loaded:
         assert os.environ.get("FASTMIX_CUDA") != "1", "the CUDA kernels were asked for and are not there"
         pytest.skip("built without CUDA kernels")
+
+
+@pytest.fixture(scope="session")
+def example():
+    """`with example("name", "package", …) as module:` an example as a module; the packages are what it needs."""
+
+    @contextlib.contextmanager
+    def load(name: str, *needed: str) -> Iterator[ModuleType]:
+        if not EXAMPLES.is_dir():
+            pytest.skip("not run in a clone")
+        for package in needed:
+            pytest.importorskip(package)
+        sys.path.append(str(EXAMPLES))  # as where a script is run, for what two of them share
+        spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
+        module = sys.modules[name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        sys.path.pop()
+        yield module
+        del sys.modules[name]
+
+    return load
+
+
+@pytest.fixture
+def threads_kept():
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def global_flags(monkeypatch):
+    """opacus sets one of PyTorch's, which `opcheck`, in another test of this process, has forbidden for good."""
+    monkeypatch.setitem(torch.backends.flags_frozen.__globals__, "__allow_nonbracketed_mutation_flag", True)

@@ -2,20 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
-import importlib.util
-import sys
-from collections.abc import Iterator
-from pathlib import Path
-from types import ModuleType
-
 import pytest
 import torch
 
 from fastmix.testing.grad_norm import RELATIVE_ERROR
 from fastmix.testing.parity import GRADIENT_FACTOR, check_parity
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
 OPS = {
     "mixer": "token_mixing_mlp",
     "resmlp": "token_linear",
@@ -32,51 +24,34 @@ OPS = {
 }
 
 
-@contextlib.contextmanager
-def example(name: str, *needed: str) -> Iterator[ModuleType]:
-    """The example as a module."""
-    if not EXAMPLES.is_dir():
-        pytest.skip("not run in a clone")
-    for package in needed:
-        pytest.importorskip(package)
-    sys.path.append(str(EXAMPLES))  # as where a script is run, for what two of them share
-    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
-    module = sys.modules[name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    sys.path.pop()
-    yield module
-    del sys.modules[name]
-
-
 @pytest.fixture(scope="module")
-def train_mixer():
+def train_mixer(example):
     with example("train_mixer", "sklearn", "matplotlib") as module:
         yield module
 
 
 @pytest.fixture(scope="module")
-def per_sample_digits():
+def per_sample_digits(example):
     with example("per_sample_digits", "sklearn") as module:
         yield module
 
 
 @pytest.fixture(scope="module")
-def kgclue():
+def kgclue(example):
     with example("kgclue") as module:
         yield module
 
 
 @pytest.fixture(scope="module")
-def entity_retrieval():
+def entity_retrieval(example):
     with example("entity_retrieval") as module:
         yield module
 
 
-@pytest.fixture
-def threads_kept():
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
+@pytest.fixture(scope="module")
+def init_depth(example):
+    with example("init_depth", "matplotlib") as module:
+        yield module
 
 
 @pytest.mark.parametrize("name", OPS)
@@ -91,14 +66,14 @@ def test_train_mixer(name, train_mixer, tmp_path, capsys, ordinary_memory, threa
     assert f"| {name} " in capsys.readouterr().out
     assert plot.read_bytes().startswith(b"\x89PNG")
     assert sum(fast.losses[-5:]) < 0.8 * sum(fast.losses[:5])
-    oracle = train_mixer.train(name, train_mixer.load(), epochs=2, dtype=torch.float64)
+    oracle = train_mixer.train(name, train_mixer.standardised(train_mixer.load()), epochs=2, dtype=torch.float64)
     curves = (torch.tensor(run.losses) for run in (fast, reference))
     check_parity(f"{name}, loss", *curves, torch.tensor(oracle.losses).double(), factor=GRADIENT_FACTOR)
 
 
 def test_train_mixer_recognises_digits(train_mixer, ordinary_memory, threads_kept):
     torch.set_num_threads(1)
-    assert train_mixer.train("mixer", train_mixer.load(), epochs=8).accuracy >= 0.95
+    assert train_mixer.train("mixer", train_mixer.standardised(train_mixer.load()), epochs=8).accuracy >= 0.95
 
 
 @pytest.mark.parametrize("name", OPS)
@@ -186,3 +161,20 @@ def test_entity_retrieval(entity_retrieval, wordnet, capsys, ordinary_memory):
     assert scores["tree, 14 beams"].any == 1
     assert scores["tree, 14 beams, fast-forward"].calls <= scores["tree, 14 beams"].calls
     assert len(entity_retrieval.load_names(wordnet)) == 14
+
+
+def test_init_depth(init_depth, tmp_path, capsys):
+    """Norms keep the second moment, pre-norm adds 1 a layer, what starts as the identity is the identity."""
+    path = tmp_path / "curves.png"
+    curves = init_depth.main(["--layers", "8", "--dim", "128", "--out", str(path)])
+    assert path.read_bytes().startswith(b"\x89PNG")
+    assert "| orthogonal " in capsys.readouterr().out
+    assert {form for _, form in curves} == set(init_depth.FORMS)
+    for form in ("post", "warmup_alpha"):
+        assert curves["lecun", form][0] == pytest.approx([1.0] * 8, rel=1e-3)
+    assert curves["orthogonal", "pre"][0][-1] == pytest.approx(1 + 8, rel=0.2)
+    for form in ("rezero", "skipinit", "fixup"):
+        moments, grads = curves["he", form]
+        assert len(set(moments)) == 1
+        assert grads == pytest.approx([1.0] * 8)
+    assert curves["he", "none"][0][-1] > 100 * curves["lecun", "none"][0][-1]
