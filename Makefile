@@ -60,8 +60,9 @@ test-triton: build
 
 # Left out where tests are repeated: what reads sources, and what would learn nothing new about the kernels.
 GPU_SOURCE := cuda_emulated beam_search_emulated triton_compile
-PROGRAMS := examples readme docs $(patsubst tests/test_%.py,%,$(wildcard tests/test_benchmarks*.py))
-METHODS := $(patsubst tests/test_%.py,%,$(wildcard tests/test_nn_*.py tests/test_generation_*.py tests/test_per_sample_*.py))
+PROGRAMS := readme docs $(patsubst tests/test_%.py,%,$(wildcard tests/test_benchmarks*.py tests/test_examples*.py))
+METHODS := $(patsubst tests/test_%.py,%,$(wildcard tests/test_nn_*.py tests/test_generation_*.py \
+  tests/test_per_sample_*.py tests/test_losses_*.py tests/test_init*.py))
 ANY_LEVEL := $(GPU_SOURCE) $(PROGRAMS) $(METHODS) cli contract scaled_attention_reference trie_builder trie_cli trie_file
 
 # At the other instruction levels the ops themselves: what stands on them, models, integrations and compiled programs,

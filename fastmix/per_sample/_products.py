@@ -25,13 +25,15 @@ class _Product(torch.autograd.Function):
     def forward(ctx, recorder: Recorder, layer, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.recorder, ctx.layer, ctx.targets = recorder, layer, (weight, bias)
         ctx.x_shape = x.shape
-        ctx.save_for_backward(x if weight.requires_grad else None, weight if x.requires_grad else None)
+        # One tensor more than PyTorch's functions save: that a checkpoint's second forward was not recorded shows.
+        more = x.new_empty(0)
+        ctx.save_for_backward(x if weight.requires_grad else None, weight if x.requires_grad else None, more)
         return layer.output(x, weight, bias)
 
     @staticmethod
     def backward(ctx, grad_output: Tensor):
         recorder, layer = ctx.recorder, ctx.layer
-        x, weight = ctx.saved_tensors
+        x, weight, _ = ctx.saved_tensors
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad[2:]
         if recorder.pulling:  # a vector-Jacobian product of our own passes by
             needs_weight = needs_bias = False
