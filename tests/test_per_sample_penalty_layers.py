@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils import parametrize
-from torch.utils.checkpoint import checkpoint
 
 import fastmix.nn as fnn
 from fastmix.per_sample import grad_norms, parameter_gradient_penalty
@@ -106,7 +105,7 @@ LINEAR = [
     by("x @ w + b", lambda m, x: x @ m.w + m.b, w=weight(C, N), b=weight(N)),
     by("addmm", lambda m, x: torch.addmm(m.b, x, m.w), floats(B, C), w=weight(C, N), b=weight(N)),
     by("rows of a view", lambda m, x: m.a(x.flatten(0, 1)).unflatten(0, (B, T)), a=linear()),
-    by("positions first", lambda m, x: m.b(torch.tanh(m.a(x.transpose(0, 1)))).transpose(0, 1), a=linear(), b=linear(N, C)),
+    by("positions first", lambda m, x: m.b(m.a(x.transpose(0, 1)).tanh()).transpose(0, 1), a=linear(), b=linear(N, C)),
 ]  # fmt: skip
 
 CONV, TRANSPOSED = (nn.Conv1d, nn.Conv2d, nn.Conv3d), (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -198,7 +197,7 @@ SHARING = [
     case("tied table, padding_idx", lambda: tied(0), ids),
     by("a layer twice", lambda m, x: m.a(m.a(x).tanh()), a=linear(C, C)),
     by("a norm twice", lambda m, x: m.norm(m.a(m.norm(x)).tanh()), a=linear(C, C), norm=lambda: nn.LayerNorm(C)),
-    by("a convolution twice", lambda m, x: m.a(m.a(x).tanh()), floats(B, C, T), a=lambda: nn.Conv1d(C, C, 3, padding=1)),
+    by("a convolution twice", lambda m, x: m.a(m.a(x).tanh()), floats(B, C, T), a=lambda: nn.Conv1d(C, C, 2)),
     by("transposed weight too", lambda m, x: F.linear(m.a(x).tanh(), m.a.weight.t()), a=linear()),
     case("LoRA", lambda: nn.Sequential(nn.Linear(C, C), nn.Tanh(), lora())),
     case("weight norm", lambda: nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(C, N)), nn.Tanh())),
@@ -251,7 +250,8 @@ CAUSAL = torch.ones(T, T, dtype=torch.bool).triu(1)
 ATTENTION = [
     attention("attention", lambda: nn.MultiheadAttention(4, 2, batch_first=True)),
     attention("attention, sequence first", lambda: nn.MultiheadAttention(4, 2), sequence_first=True),
-    attention("attention without weights", lambda: nn.MultiheadAttention(4, 2, batch_first=True), {"need_weights": False}),
+    attention("attention without weights", lambda: nn.MultiheadAttention(4, 2, batch_first=True),
+              {"need_weights": False}),
     attention("causal attention", lambda: nn.MultiheadAttention(4, 2, batch_first=True),
               {"need_weights": False, "attn_mask": CAUSAL, "is_causal": True}),
     attention("cross attention", lambda: nn.MultiheadAttention(4, 2, batch_first=True, add_bias_kv=True),
