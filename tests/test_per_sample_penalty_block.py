@@ -338,10 +338,12 @@ class Checkpointed(nn.Module):
 
 @pytest.mark.parametrize("outside", [False, True], ids=["in the block", "after it"])
 @pytest.mark.parametrize(
-    "inner", [lambda: nn.Linear(C, C), lambda: nn.Linear(C, 6), SmallModel], ids=["square", "wide", "model"]
+    ("inner", "shape"),
+    [(lambda: nn.Linear(C, C), (B, C)), (lambda: nn.Linear(C, 6), (B, C)), (SmallModel, (B, T, C))],
+    ids=["a square weight, as its transpose", "a wide weight", "model"],
 )
-def test_a_checkpoint(inner, outside):
-    model, x = Checkpointed(inner(), False).double(), torch.randn(B, T, C).double()
+def test_a_checkpoint(inner, shape, outside):
+    model, x = Checkpointed(inner(), False).double(), torch.randn(shape).double()
     with grad_norms(model):
         losses = weighted_losses(model, x)
         if not outside:

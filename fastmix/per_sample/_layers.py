@@ -252,7 +252,8 @@ def _is_differentiable(x: Tensor) -> bool:
 
 def _moments(x: Tensor, dims: tuple[int, ...], eps: float) -> tuple[Tensor, Tensor]:
     """Mean and reciprocal standard deviation over dims, the last of which is kept."""
-    var, mean = torch.var_mean(x, dims, correction=0, keepdim=True)
+    mean = x.mean(dims, keepdim=True)
+    var = (x - mean).square().mean(dims, keepdim=True)
     return mean[..., 0], (var + eps).rsqrt()[..., 0]
 
 
