@@ -5,8 +5,8 @@
 A small network reads the upper half of a digit and has two heads: which digit it is (cross entropy, about 1), and the
 sum of the lower half's pixels in units of one grey level out of 16 (squared error, in the thousands). Added up as they
 are, the second drowns the first. Each weighting of `fastmix.losses.MultiTaskLoss` is trained from the same weights on
-the same batches, beside plain sums and each task alone; the table has both tasks' test errors, and the plot how the
-weights' ratio changes in training.
+the same batches, beside plain sums and each task alone; the table has both tasks' test errors, the plot these and how
+the weights' ratio changes in training.
 
 Chen et al., GradNorm (arXiv:1711.02257).
 """
@@ -78,7 +78,8 @@ def weightings(model: Model, data: Tasks) -> dict[str, Callable[[Sequence[Tensor
         "initial": MultiTaskLoss(2, "initial", warmup_steps=5),
         "prior": MultiTaskLoss(2, "prior", prior=prior),
         "realtime": MultiTaskLoss(2, "realtime"),
-        "generalized_mean": MultiTaskLoss(2, "generalized_mean", gamma=0.0),
+        # With γ = 0 its gradients have the direction of "realtime"; below, the smaller loss counts for more.
+        "generalized_mean": MultiTaskLoss(2, "generalized_mean", gamma=-0.5),
         "gradient_norm": MultiTaskLoss(2, "gradient_norm", shared_parameters=model.trunk.parameters()),
     }
 
@@ -107,14 +108,17 @@ def train(name: str, data: Digits, options: argparse.Namespace) -> Run:
 
 
 def plot(runs: dict[str, Run], path: str) -> None:
-    figure = Figure(figsize=(9, 3.6), layout="tight")
-    errors, ratios = figure.subplots(1, 2)
+    figure = Figure(figsize=(12, 3.6), layout="tight")
+    errors, rmse, ratios = figure.subplots(1, 3)
+    errors.barh(list(runs), [100 * run.error for run in runs.values()])
+    rmse.barh(list(runs), [run.rmse for run in runs.values()])
     for name, run in runs.items():
-        errors.scatter(run.rmse, 100 * run.error)
-        errors.annotate(name, (run.rmse, 100 * run.error), fontsize="small")
         if run.ratios:
-            ratios.semilogy(run.ratios, label=name)
-    errors.set(xlabel="sum: error, grey levels", ylabel="digit: error, %")
+            ratios.semilogy(run.ratios, label=name, linewidth=0.8)
+    errors.set(xlabel="digit: error, %")
+    rmse.set(xlabel="sum: error, grey levels", xscale="log", yticks=[])
+    for axes in (errors, rmse):
+        axes.invert_yaxis()  # in the table's order
     ratios.set(xlabel="step", ylabel="weight of the digit / of the sum")
     ratios.legend(fontsize="small")
     figure.savefig(path, dpi=120)
