@@ -108,7 +108,7 @@ def train(name: str, data: Digits, options: argparse.Namespace) -> Run:
 
 
 def plot(runs: dict[str, Run], path: str) -> None:
-    figure = Figure(figsize=(12, 3.6), layout="tight")
+    figure = Figure(figsize=(13, 3.6), layout="tight")
     errors, rmse, ratios = figure.subplots(1, 3)
     errors.barh(list(runs), [100 * run.error for run in runs.values()])
     rmse.barh(list(runs), [run.rmse for run in runs.values()])
@@ -116,11 +116,11 @@ def plot(runs: dict[str, Run], path: str) -> None:
         if run.ratios:
             ratios.semilogy(run.ratios, label=name, linewidth=0.8)
     errors.set(xlabel="digit: error, %")
-    rmse.set(xlabel="sum: error, grey levels", xscale="log", yticks=[])
+    rmse.set(xlabel="sum: error, grey levels", yticks=[])
     for axes in (errors, rmse):
         axes.invert_yaxis()  # in the table's order
     ratios.set(xlabel="step", ylabel="weight of the digit / of the sum")
-    ratios.legend(fontsize="small")
+    ratios.legend(loc="upper left", bbox_to_anchor=(1, 1))
     figure.savefig(path, dpi=120)
 
 

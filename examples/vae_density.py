@@ -97,7 +97,7 @@ def plot(densities: Densities, path: str) -> None:
     curve, histogram = figure.subplots(1, 2)
     samples = list(densities.of["digits"])
     curve.semilogx(samples, [densities.mean("digits", k) for k in samples], marker="o")
-    curve.set(xlabel="latents K", ylabel="mean estimate of log p(x), held-out digits, nats")
+    curve.set(xlabel="latents K", ylabel="estimate of log p(x), nats", title="held-out digits, mean")
     kinds = ("digits", "upside down")  # beside what is shuffled, far below, these two could not be told apart
     values = [densities.of[kind][max(samples)].numpy() for kind in kinds]
     histogram.hist(values, bins=40, histtype="stepfilled", alpha=0.6, label=kinds)

@@ -140,18 +140,20 @@ def test_strides(view, dtype):
         torch.testing.assert_close(*gradients)
 
 
-def test_a_dense_sample_is_not_copied():
+def test_a_dense_sample_is_not_copied(needs_kernels):
     """Channels last: the norm is read, and the gradient written, as the elements lie."""
     gradient = torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last).requires_grad_()
     grad = torch.autograd.grad(fastmix.gradient_ratio(torch.ones(2), gradient).sum(), gradient)[0]
     assert grad.stride() == gradient.stride()
 
 
-def test_nan_stays_in_its_sample():
-    value, gradient = torch.randn(4), torch.randn(4, 9)
-    clean = fastmix.gradient_ratio(value, gradient)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("mode", ["gn", "gran"])
+def test_nan_stays_in_its_sample(mode, dtype):
+    value, gradient = torch.randn(4, dtype=dtype), torch.randn(4, 9, dtype=dtype)
+    clean = fastmix.gradient_ratio(value, gradient, mode=mode)
     gradient[1, 3] = float("nan")
-    ratio = fastmix.gradient_ratio(value, gradient)
+    ratio = fastmix.gradient_ratio(value, gradient, mode=mode)
     assert ratio[1].isnan()
     assert torch.equal(ratio[[0, 2, 3]], clean[[0, 2, 3]])
 

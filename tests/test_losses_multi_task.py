@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 import math
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
 
 from fastmix.losses import MultiTaskLoss
@@ -194,8 +196,8 @@ def test_no_grad_in_training_mode():
 # Several processes
 
 
-def _rank(rank: int, file: str, seen) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
+def _rank(rank: int, folder: Path) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     torch.manual_seed(0)
     torch.set_num_threads(1)
     model, x = _setting()
@@ -206,27 +208,27 @@ def _rank(rank: int, file: str, seen) -> None:
         if kind == "gradient_norm":
             mtl = MultiTaskLoss(3, kind, shared_parameters=parallel.module.shared.parameters())
         mtl(parallel(x[3 * rank : 3 * rank + 3])).backward()
-        # As NumPy: tensors would be shared by files that end with this process.
-        found.append([mtl.weights.numpy(), *(p.grad.numpy() for p in parallel.parameters())])
-    seen.put((rank, found))
+        found.append([mtl.weights, *(p.grad for p in parallel.parameters())])
+    torch.save(found, folder / f"{rank}.pt")
     dist.destroy_process_group()
 
 
 def test_two_processes_weigh_as_one(tmp_path):
-    context = mp.get_context("spawn")
-    seen = context.SimpleQueue()
-    processes = mp.spawn(_rank, (str(tmp_path / "store"), seen), nprocs=2, join=False)
-    of_ranks = dict(seen.get() for _ in range(2))
-    while not processes.join(30):
-        pass
+    processes = [subprocess.Popen([sys.executable, __file__, str(rank), str(tmp_path)]) for rank in range(2)]
+    try:
+        assert [process.wait(100) for process in processes] == [0, 0]
+    finally:
+        for process in processes:
+            process.kill()
+    of_ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
     torch.manual_seed(0)
     model, x = _setting()
     for i, kind in enumerate(KINDS):
         mtl = _loss(kind, model)
         model.zero_grad()
         mtl(model(x)).backward()
-        for rank in range(2):
-            weights, *grads = map(torch.from_numpy, of_ranks[rank][i])
+        for found in of_ranks:
+            weights, *grads = found[i]
             torch.testing.assert_close(weights, mtl.weights)
             torch.testing.assert_close(grads, [p.grad for p in model.parameters()])
 
@@ -313,3 +315,7 @@ def test_losses_that_do_not_depend_on_the_shared_parameters():
         mtl([losses[0], model.heads.bias.sum(), losses[2]])
     with pytest.raises(ValueError, match=r"losses\[0\] must depend on shared_parameters in training mode"):
         mtl(losses.detach())
+
+
+if __name__ == "__main__":  # one of two processes
+    _rank(int(sys.argv[1]), Path(sys.argv[2]))

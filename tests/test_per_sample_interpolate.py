@@ -78,3 +78,11 @@ def test_interpolate_draws_from_the_generator():
 def test_wrong_pairs(real, fake, kind, message):
     with pytest.raises(kind, match=message):
         per_sample.interpolate(real, fake)
+
+
+def test_a_gradient_that_is_no_number_shows():
+    """A norm is 0 where the gradient is, and nowhere else."""
+    x = torch.ones(3, 2)
+    norms = per_sample.input_gradient_norms(lambda x: (x * torch.tensor([[1.0], [float("nan")], [0.0]])).sum(1), x)
+    assert norms[1].isnan()
+    assert norms[[0, 2]].tolist() == pytest.approx([2**0.5, 0.0])

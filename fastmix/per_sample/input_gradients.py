@@ -118,5 +118,5 @@ def _squared_norms(fn: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
 
 def _safe_sqrt(squared: Tensor) -> Tensor:
     """The root, with gradients of any order 0 where it is 0: the second ones of torch.linalg.vector_norm are NaN."""
-    positive = squared > 0
-    return squared.where(positive, 1.0).sqrt().where(positive, 0.0)
+    is_zero = squared == 0  # NaN is not, and stays
+    return squared.where(~is_zero, 1.0).sqrt().where(~is_zero, 0.0)

@@ -13,8 +13,9 @@ def gradient_ratio(value: Tensor, gradient: Tensor, *, mode: str, eps: float) ->
     dtype = torch.promote_types(compute_dtype(value), compute_dtype(gradient))
     value, gradient = value.to(dtype), gradient.to(dtype)
     norm_sq = gradient.unsqueeze(-1).flatten(1).square().sum(1)
-    # The root's derivative at 0 is taken to be 0.
-    positive = norm_sq > 0
-    norm = torch.where(positive, torch.where(positive, norm_sq, 1).sqrt(), 0)
+    # The root's derivative at 0 is taken to be 0. NaN is not 0, and stays.
+    is_zero = norm_sq == 0
+    norm = torch.where(is_zero, 0, torch.where(is_zero, 1, norm_sq).sqrt())
     above, below = (value, norm + value.abs() + eps) if mode == "gn" else (value * norm, norm_sq + eps)
-    return torch.where(below > 0, above, 0) / torch.where(below > 0, below, 1)
+    is_zero = below == 0
+    return torch.where(is_zero, 0, above) / torch.where(is_zero, 1, below)
