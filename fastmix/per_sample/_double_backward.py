@@ -40,14 +40,20 @@ class Conv(torch.autograd.Function):
         x, weight, bias = ctx.saved_tensors
         _, needs_s, needs_x, needs_weight, needs_bias, *_ = ctx.needs_input_grad
         like = grad.new_empty(()).expand(ctx.x_shape) if x is None else x.detach()
-        dx = ConvInputGrad.apply(grad, weight, like, *ctx.options) if needs_x else None
-        ds = db = dw = None
+        needs_weight = needs_weight and not ctx.scale.only_input
+        backward = torch.ops.aten.convolution_backward.default
+        dw = None
+        if torch.is_grad_enabled():
+            dx = ConvInputGrad.apply(grad, weight, like, *ctx.options) if needs_x else None
+            if needs_weight:
+                dw = backward(grad, x, weight, None, *ctx.options, _WEIGHT)[1]
+        else:
+            dx, dw, _ = backward(grad, like, weight, None, *ctx.options, [needs_x, needs_weight, False])
+        ds = db = None
         if bias is not None:
             sums = grad.flatten(2).sum(2)  # [B, C]
             ds = (sums * bias).sum(1) if needs_s else None
             db = sums.sum(0) if needs_bias and not ctx.scale.only_input else None
-        if needs_weight and not ctx.scale.only_input:
-            dw = torch.ops.aten.convolution_backward.default(grad, x, weight, None, *ctx.options, _WEIGHT)[1]
         return None, ds, dx, dw, db, *others
 
 
