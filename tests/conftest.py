@@ -119,7 +119,7 @@ def example():
     @contextlib.contextmanager
     def load(name: str, *needed: str) -> Iterator[ModuleType]:
         if not EXAMPLES.is_dir():
-            pytest.skip("not run in a clone")
+            pytest.skip("the examples are not installed, only cloned")
         for package in needed:
             pytest.importorskip(package)
         sys.path.append(str(EXAMPLES))  # as where a script is run, for what two of them share
