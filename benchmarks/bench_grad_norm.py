@@ -30,13 +30,13 @@ def cases(device: str) -> list[BenchCase]:
     if device == "cuda":
         half = torch.bfloat16
         return [
-            *(make(shape, half) for make in (_norm_sq, _weight_grad) for shape in GPU_SHAPES),
+            *(make(shape, half) for make in (_norm_sq, _weight_grad, _weight_grad_with_norm) for shape in GPU_SHAPES),
             *(_gram(shape, half) for shape in GPU_GRAMS),
             *(make(setting) for setting in _gpu_models() for make in (_norms, _clip, _private_step)),
         ]
     single = torch.float32
     return [
-        *(make(shape, single) for make in (_norm_sq, _weight_grad) for shape in SHAPES),
+        *(make(shape, single) for make in (_norm_sq, _weight_grad, _weight_grad_with_norm) for shape in SHAPES),
         *(_gram(shape, single) for shape in GRAMS),
         *(_norms(setting) for setting in _models()),
         *(_clip(setting) for setting in _models()),
@@ -86,13 +86,21 @@ def _norm_sq(shape: Shape, dtype: torch.dtype) -> BenchCase:
 
 
 def _weight_grad(shape: Shape, dtype: torch.dtype) -> BenchCase:
-    b, t, i, o = shape
+    """Of samples with weights, as clipping takes it."""
+    weights = torch.linspace(0.1, 1.0, shape[0]).tolist()
+    return BenchCase(
+        linear_case("linear_weight_grad", _name(shape), shape, sample_weight=weights),
+        dtype,
+        **_weight_grad_limit(shape, dtype),
+        peers=(Provider("mm of weighted gradients", peers.weight_grad),),
+    )
+
+
+def _weight_grad_with_norm(shape: Shape, dtype: torch.dtype) -> BenchCase:
     return BenchCase(
         linear_case("linear_weight_grad_with_norm", _name(shape), shape),
         dtype,
-        # Read the input and the gradient of the output, write dw in float32.
-        moved_bytes={FORWARD: b * t * (i + o) * dtype.itemsize + 4 * i * o},
-        flops={FORWARD: 2 * b * t * i * o},
+        **_weight_grad_limit(shape, dtype),
         peers=(
             Provider("mm, without norms", peers.weight_grad, yardstick=True),
             Provider("mm a sample", peers.looped_weight_grad),
@@ -101,6 +109,13 @@ def _weight_grad(shape: Shape, dtype: torch.dtype) -> BenchCase:
         ),
         headline=shape in SHAPES,
     )
+
+
+def _weight_grad_limit(shape: Shape, dtype: torch.dtype) -> dict[str, dict[str, int]]:
+    b, t, i, o = shape
+    # Read the input and the gradient of the output, write dw in float32.
+    moved_bytes = b * t * (i + o) * dtype.itemsize + 4 * i * o
+    return {"moved_bytes": {FORWARD: moved_bytes}, "flops": {FORWARD: 2 * b * t * i * o}}
 
 
 def _gram(shape: Shape, dtype: torch.dtype) -> BenchCase:

@@ -30,8 +30,10 @@ def weight_ghost_norm_sq(input: Tensor, grad_output: Tensor) -> Tensor:
     return (gram_input * gram_grad).sum((1, 2), dtype=torch.float32)
 
 
-def weight_grad(input: Tensor, grad_output: Tensor) -> Tensor:
+def weight_grad(input: Tensor, grad_output: Tensor, sample_weight: Tensor | None = None) -> Tensor:
     """Without norms: one product."""
+    if sample_weight is not None:
+        grad_output = grad_output * sample_weight[:, None, None].to(grad_output.dtype)
     return grad_output.flatten(0, 1).t() @ input.flatten(0, 1)
 
 

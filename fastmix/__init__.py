@@ -10,7 +10,12 @@ from fastmix.ops.conv_grad_norm import conv_grad_norm_sq, conv_weight_grad_sampl
 from fastmix.ops.embedding_grad_norm import embedding_grad_norm_sq
 from fastmix.ops.external_attention import external_attention
 from fastmix.ops.fft_mixing import fourier_mixing, global_filter
-from fastmix.ops.grad_norm import linear_grad_gram, linear_grad_norm_sq, linear_weight_grad_with_norm
+from fastmix.ops.grad_norm import (
+    linear_grad_gram,
+    linear_grad_norm_sq,
+    linear_weight_grad,
+    linear_weight_grad_with_norm,
+)
 from fastmix.ops.gradient_ratio import gradient_ratio
 from fastmix.ops.scaled_attention import scaled_attention
 from fastmix.ops.token_conv import token_conv
@@ -35,6 +40,7 @@ __all__ = [
     "init",
     "linear_grad_gram",
     "linear_grad_norm_sq",
+    "linear_weight_grad",
     "linear_weight_grad_with_norm",
     "losses",
     "nn",

@@ -17,7 +17,13 @@ pytestmark = pytest.mark.kernel
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 KERNEL_DTYPES = DTYPES[:3]
 FORMS = ["gram", "direct"]
-FUNCTIONS = [fastmix.linear_grad_norm_sq, fastmix.linear_weight_grad_with_norm, fastmix.linear_grad_gram]
+FUNCTIONS = [
+    fastmix.linear_grad_norm_sq,
+    fastmix.linear_weight_grad_with_norm,
+    fastmix.linear_grad_gram,
+    fastmix.linear_weight_grad,
+]
+WITH_SAMPLE_WEIGHT = pytest.mark.parametrize("function", FUNCTIONS[1::2], ids=lambda function: function.__name__)
 LENGTHS = torch.tensor([3, 5])
 OPTIONS = [{}, {"bias": False}, {"lengths": LENGTHS}]
 WITH_OPTIONS = pytest.mark.parametrize("options", OPTIONS, ids=["bias", "no bias", "lengths"])
@@ -57,9 +63,10 @@ def test_gradcheck_of_what_the_reference_differentiates(function):
     assert gradgradcheck(function, leaves)
 
 
-def test_gradcheck_of_sample_weights():
+@WITH_SAMPLE_WEIGHT
+def test_gradcheck_of_sample_weights(function):
     leaves = _leaves((*_pair(dtype=torch.float64), torch.tensor([0.5, 2.0], dtype=torch.float64)))
-    assert gradcheck(lambda a, g, w: fastmix.linear_weight_grad_with_norm(a, g, sample_weight=w), leaves)
+    assert gradcheck(lambda a, g, w: function(a, g, sample_weight=w), leaves)
 
 
 @WITH_OPTIONS
@@ -180,13 +187,14 @@ def test_opcheck(gram, dtype, needs_kernels):
     torch.library.opcheck(ops.linear_grad_norm_sq.default, (*leaves, lengths, True, gram))
     torch.library.opcheck(ops.linear_grad_norm_sq_bwd.default, (torch.randn(2), *leaves, lengths, True, gram))
     pair = [leaf.detach() for leaf in leaves]
+    torch.library.opcheck(ops.linear_weight_grad.default, (*pair, torch.randn(2)))
     torch.library.opcheck(ops.linear_weight_grad_with_norm.default, (*pair, torch.randn(2)))
     torch.library.opcheck(ops.linear_grad_gram.default, (*pair, gram))
 
 
 @pytest.mark.parametrize(
     ("function", "dtype"),
-    [*((FUNCTIONS[0], dtype) for dtype in DTYPES), (FUNCTIONS[1], torch.float32), (FUNCTIONS[2], torch.float32)],
+    [*((FUNCTIONS[0], dtype) for dtype in DTYPES), *((function, torch.float32) for function in FUNCTIONS[1:])],
     ids=lambda value: getattr(value, "__name__", str(value)),
 )
 def test_compile(function, dtype):
@@ -298,9 +306,10 @@ def test_lengths_are_for_sequences(shape):
         (ValueError, "sample_weight must be on the device of input, cpu, got meta", torch.ones(2, device="meta")),
     ],
 )
-def test_errors_of_sample_weight(error, match, weights):
+@WITH_SAMPLE_WEIGHT
+def test_errors_of_sample_weight(function, error, match, weights):
     with pytest.raises(error, match=match):
-        fastmix.linear_weight_grad_with_norm(torch.ones(2, 9, 6), torch.ones(2, 9, 5), sample_weight=weights)
+        function(torch.ones(2, 9, 6), torch.ones(2, 9, 5), sample_weight=weights)
 
 
 def test_the_ops_guard_memory_themselves(needs_kernels):
@@ -311,7 +320,8 @@ def test_the_ops_guard_memory_themselves(needs_kernels):
     calls = {
         "norm_sq": lambda a, g: ops.linear_grad_norm_sq(a, g, None, True, True),
         "norm_sq_bwd": lambda a, g: ops.linear_grad_norm_sq_bwd(norm_grad, a, g, None, True, False),
-        "weight": lambda a, g: ops.linear_weight_grad_with_norm(a, g, None),
+        "weight": lambda a, g: ops.linear_weight_grad(a, g, None),
+        "weight and norm": lambda a, g: ops.linear_weight_grad_with_norm(a, g, None),
         "gram": lambda a, g: ops.linear_grad_gram(a, g, True),
     }
     for call in calls.values():
@@ -331,5 +341,7 @@ def test_the_ops_guard_memory_themselves(needs_kernels):
     for wrong in (norm_grad[:1], norm_grad.double(), norm_grad[None]):
         with pytest.raises(ValueError, match="grad_norm_sq"):
             ops.linear_grad_norm_sq_bwd(wrong, a, g, None, True, True)
+        with pytest.raises(ValueError, match="sample_weight"):
+            ops.linear_weight_grad(a, g, wrong)
         with pytest.raises(ValueError, match="sample_weight"):
             ops.linear_weight_grad_with_norm(a, g, wrong)

@@ -163,31 +163,51 @@ bool fuses(const LinearSizes& sizes) {
   return t * t * (in + out + 64) > 20 * in * out;
 }
 
-std::tuple<Tensor, Tensor> linear_weight_grad_with_norm_cpu(const Tensor& input, const Tensor& grad_output,
-                                                            const std::optional<Tensor>& sample_weight) {
+// dW, and norm_sq [B] if it is given.
+void weight_grad(const Tensor& input, const Tensor& grad_output, const std::optional<Tensor>& sample_weight, Tensor& dw,
+                 Tensor* norm_sq) {
   const LinearSizes sizes = check(input, grad_output);
   const auto weights = per_sample("sample_weight", sample_weight, ScalarType::Float, sizes);
   const Tensor in = with_features(input), grad = with_features(grad_output);
-  Tensor dw = empty_strided<2>({sizes.out, sizes.in}, {sizes.in, 1}, aoti_torch_dtype_float32());
-  Tensor norm_sq = empty_strided<1>({sizes.batch}, {1}, aoti_torch_dtype_float32());
   if (sizes.batch == 0 || sizes.positions == 0 || dw.numel() == 0) {
-    return {torch::stable::zero_(dw), torch::stable::zero_(norm_sq)};
+    torch::stable::zero_(dw);
+    if (norm_sq) torch::stable::zero_(*norm_sq);
+    return;
   }
   std::atomic<bool> no_memory{false};
   for_dtype("input", input, [&](auto zero) {
     using T = decltype(zero);
     const auto a = positions<const T>(in), g = positions<const T>(grad);
-    auto* const norms = static_cast<float*>(norm_sq.data_ptr());
+    auto* const norms = norm_sq ? static_cast<float*>(norm_sq->data_ptr()) : nullptr;
     const WeightGrad<T> weight_grad{sizes,    a, g, data_or_null<float>(weights), static_cast<float*>(dw.data_ptr()),
                                     no_memory};
-    if (fuses(sizes)) {
+    if (norms && fuses(sizes)) {
       weight_grad.run({sizes, sizes.positions}, norms);
     } else {
-      gram_norms<T>(sizes, a, g, nullptr, false, norms, no_memory);
+      if (norms) gram_norms<T>(sizes, a, g, nullptr, false, norms, no_memory);
       weight_grad.run({sizes, std::min(sizes.batch * sizes.positions, kSegment)}, nullptr);
     }
   });
   FASTMIX_CHECK(!no_memory, "grad_norm: no memory for ", sizes.positions, " positions");
+}
+
+Tensor empty_weight_grad(const Tensor& input, const Tensor& grad_output) {
+  const LinearSizes sizes = check(input, grad_output);
+  return empty_strided<2>({sizes.out, sizes.in}, {sizes.in, 1}, aoti_torch_dtype_float32());
+}
+
+Tensor linear_weight_grad_cpu(const Tensor& input, const Tensor& grad_output,
+                              const std::optional<Tensor>& sample_weight) {
+  Tensor dw = empty_weight_grad(input, grad_output);
+  weight_grad(input, grad_output, sample_weight, dw, nullptr);
+  return dw;
+}
+
+std::tuple<Tensor, Tensor> linear_weight_grad_with_norm_cpu(const Tensor& input, const Tensor& grad_output,
+                                                            const std::optional<Tensor>& sample_weight) {
+  Tensor dw = empty_weight_grad(input, grad_output);
+  Tensor norm_sq = empty_strided<1>({input.size(0)}, {1}, aoti_torch_dtype_float32());
+  weight_grad(input, grad_output, sample_weight, dw, &norm_sq);
   return {dw, norm_sq};
 }
 
@@ -213,6 +233,7 @@ Tensor linear_grad_gram_cpu(const Tensor& input, const Tensor& grad_output, bool
 STABLE_TORCH_LIBRARY_IMPL(fastmix, CPU, m) {
   m.impl("linear_grad_norm_sq", TORCH_BOX(&fastmix::linear_grad_norm_sq_cpu));
   m.impl("linear_grad_norm_sq_bwd", TORCH_BOX(&fastmix::linear_grad_norm_sq_bwd_cpu));
+  m.impl("linear_weight_grad", TORCH_BOX(&fastmix::linear_weight_grad_cpu));
   m.impl("linear_weight_grad_with_norm", TORCH_BOX(&fastmix::linear_weight_grad_with_norm_cpu));
   m.impl("linear_grad_gram", TORCH_BOX(&fastmix::linear_grad_gram_cpu));
 }

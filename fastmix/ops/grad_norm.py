@@ -49,6 +49,31 @@ def linear_grad_norm_sq(
     return call(torch.ops.fastmix.linear_grad_norm_sq.default, a, g, lengths, bool(bias), gram)
 
 
+def linear_weight_grad(input: Tensor, grad_output: Tensor, *, sample_weight: Tensor | None = None) -> Tensor:
+    """The gradient of a linear layer's weight, of samples with weights: what clipping by known norms sums.
+
+    dW = Σ_b s_b Σ_t g_t a_tᵀ, where a is the layer's input, g the gradient of its output and s the sample weights;
+    equals ``torch.einsum("b,bto,bti->oi", s, g, a)``. Accumulated in float32 for bfloat16 and float16, and returned so.
+    Differentiable (by the reference).
+
+    Args:
+        input: [B, …, I] the layer's input, float32, bfloat16, float16 or float64.
+        grad_output: [B, …, O] the gradient of the layer's output, input's dtype and leading sizes.
+        sample_weight: [B] floating-point factors s; None: 1.
+
+    Returns:
+        dW [O, I], float64 for float64 and float32 for the others.
+
+    Raises:
+        TypeError: a tensor is no floating-point tensor, or the dtypes of input and grad_output differ.
+        ValueError: the leading sizes differ, input has no batch dimension, or sample_weight is not [B].
+
+    Lee and Kifer, Scaling up Differentially Private Deep Learning with Fast Per-Example Gradient Clipping
+    (arXiv:2009.03106).
+    """
+    return _weight_grad("linear_weight_grad", input, grad_output, sample_weight)
+
+
 def linear_weight_grad_with_norm(
     input: Tensor, grad_output: Tensor, *, sample_weight: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -72,13 +97,7 @@ def linear_weight_grad_with_norm(
 
     Goodfellow, Efficient Per-Example Gradient Computations (arXiv:1510.01799).
     """
-    a, g = _flatten(input, grad_output)
-    if sample_weight is not None:
-        sample_weight = check_sample_weight(sample_weight, input)
-    op = "linear_weight_grad_with_norm"
-    if kernel_answers(op, a) and not needs_gradient(a, g, sample_weight):
-        return call(torch.ops.fastmix.linear_weight_grad_with_norm.default, a, g, sample_weight)
-    return reference.linear_weight_grad_with_norm(a, g, sample_weight=sample_weight)
+    return _weight_grad("linear_weight_grad_with_norm", input, grad_output, sample_weight)
 
 
 def linear_grad_gram(input: Tensor, grad_output: Tensor, *, bias: bool = True) -> Tensor:
@@ -116,6 +135,15 @@ def choose(t: int, i: int, o: int, *, is_cuda: bool = False) -> str:
     if is_cuda:
         return "gram" if t * (i + o) < 2 * i * o else "direct"
     return "gram" if t * (i + o + 64) < 1.8 * i * o else "direct"
+
+
+def _weight_grad(name: str, input: Tensor, grad_output: Tensor, sample_weight: Tensor | None):
+    a, g = _flatten(input, grad_output)
+    if sample_weight is not None:
+        sample_weight = check_sample_weight(sample_weight, input)
+    if kernel_answers(name, a) and not needs_gradient(a, g, sample_weight):
+        return call(getattr(torch.ops.fastmix, name).default, a, g, sample_weight)
+    return getattr(reference, name)(a, g, sample_weight=sample_weight)
 
 
 def check_sample_weight(sample_weight: Tensor, input: Tensor) -> Tensor:
@@ -175,6 +203,9 @@ torch.library.define(
     tags=_TAGS,
 )
 torch.library.define(
+    "fastmix::linear_weight_grad", "(Tensor input, Tensor grad_output, Tensor? sample_weight) -> Tensor", tags=_TAGS
+)
+torch.library.define(
     "fastmix::linear_weight_grad_with_norm",
     "(Tensor input, Tensor grad_output, Tensor? sample_weight) -> (Tensor, Tensor)",
     tags=_TAGS,
@@ -192,10 +223,14 @@ def _(grad_norm_sq, input, grad_output, lengths, bias, gram):
     return input.new_empty(input.shape), grad_output.new_empty(grad_output.shape)
 
 
+@torch.library.register_fake("fastmix::linear_weight_grad")
+def _fake_weight_grad(input, grad_output, sample_weight):
+    return input.new_empty([grad_output.shape[2], input.shape[2]], dtype=torch.float32)
+
+
 @torch.library.register_fake("fastmix::linear_weight_grad_with_norm")
 def _(input, grad_output, sample_weight):
-    dw = input.new_empty([grad_output.shape[2], input.shape[2]], dtype=torch.float32)
-    return dw, dw.new_empty(input.shape[0])
+    return _fake_weight_grad(input, grad_output, sample_weight), input.new_empty(input.shape[0], dtype=torch.float32)
 
 
 @torch.library.register_fake("fastmix::linear_grad_gram")
@@ -234,6 +269,10 @@ def _linear_grad_norm_sq_bwd_cuda(grad_norm_sq, input, grad_output, lengths, bia
     return kernel(grad_norm_sq, input, grad_output, lengths, bias, gram)
 
 
+def _linear_weight_grad_cuda(input, grad_output, sample_weight):
+    return _linear_weight_grad_with_norm_cuda(input, grad_output, sample_weight)[0]
+
+
 def _linear_weight_grad_with_norm_cuda(input, grad_output, sample_weight):
     from tritonkernels.grad_norm import linear_weight_grad_with_norm as kernel
 
@@ -249,7 +288,10 @@ def _linear_grad_gram_cuda(input, grad_output, bias):
 if _library.triton_serves:
     torch.library.impl("fastmix::linear_grad_norm_sq", "CUDA", _linear_grad_norm_sq_cuda)
     torch.library.impl("fastmix::linear_grad_norm_sq_bwd", "CUDA", _linear_grad_norm_sq_bwd_cuda)
+    torch.library.impl("fastmix::linear_weight_grad", "CUDA", _linear_weight_grad_cuda)
     torch.library.impl("fastmix::linear_weight_grad_with_norm", "CUDA", _linear_weight_grad_with_norm_cuda)
     torch.library.impl("fastmix::linear_grad_gram", "CUDA", _linear_grad_gram_cuda)
-for _name in ("linear_grad_norm_sq", "linear_grad_norm_sq_bwd", "linear_weight_grad_with_norm", "linear_grad_gram"):
-    note_kernels(_name)
+for _name in ("norm_sq", "norm_sq_bwd", "gram"):
+    note_kernels(f"linear_grad_{_name}")
+note_kernels("linear_weight_grad")
+note_kernels("linear_weight_grad_with_norm")

@@ -15,7 +15,13 @@ from torch import Tensor
 
 from fastmix.ops.conv_grad_norm import conv_weight_grad_sample, conv_weight_grad_with_norm
 from fastmix.ops.embedding_grad_norm import embedding_grad_norm_sq
-from fastmix.ops.grad_norm import choose, linear_grad_gram, linear_grad_norm_sq, linear_weight_grad_with_norm
+from fastmix.ops.grad_norm import (
+    choose,
+    linear_grad_gram,
+    linear_grad_norm_sq,
+    linear_weight_grad,
+    linear_weight_grad_with_norm,
+)
 
 
 class Contribution(abc.ABC):
@@ -87,7 +93,7 @@ class Linear(Contribution):
         self.alone = choose(a.shape[1], a.shape[2], g.shape[2], is_cuda=a.is_cuda)
 
     def total(self, weight: Tensor | None = None) -> Tensor:
-        return linear_weight_grad_with_norm(self.a, self.g, sample_weight=weight)[0]
+        return linear_weight_grad(self.a, self.g, sample_weight=weight)
 
     def norm_sq(self) -> Tensor:
         return linear_grad_norm_sq(self.a, self.g, bias=False)
@@ -96,7 +102,7 @@ class Linear(Contribution):
         return linear_weight_grad_with_norm(self.a, self.g)
 
     def sample(self, b: int) -> Tensor:
-        return linear_weight_grad_with_norm(self.a[b : b + 1], self.g[b : b + 1])[0]
+        return linear_weight_grad(self.a[b : b + 1], self.g[b : b + 1])
 
     def gram(self) -> Tensor:
         return linear_grad_gram(self.a, self.g, bias=False)

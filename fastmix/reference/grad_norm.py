@@ -19,6 +19,16 @@ def linear_grad_norm_sq(
     return norm_sq + grad_output.to(compute_dtype(input)).sum(1).square().sum(1) if bias else norm_sq
 
 
+def linear_weight_grad(input: Tensor, grad_output: Tensor, *, sample_weight: Tensor | None = None) -> Tensor:
+    """Σ_b sample_weight_b Σ_t g_t a_tᵀ [O, I]."""
+    dtype = compute_dtype(input)
+    grad_output = grad_output.to(dtype)
+    if sample_weight is not None:
+        grad_output = grad_output * sample_weight.to(dtype)[:, None, None]
+    with no_autocast(input):
+        return grad_output.flatten(0, 1).t() @ input.to(dtype).flatten(0, 1)
+
+
 def linear_weight_grad_with_norm(
     input: Tensor, grad_output: Tensor, *, sample_weight: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:

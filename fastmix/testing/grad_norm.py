@@ -1,4 +1,4 @@
-"""Cases of linear_grad_norm_sq, linear_weight_grad_with_norm and linear_grad_gram; and what every norm may err."""
+"""Cases of a linear layer's per-sample norms, weighted gradient and Gram matrix; and what every norm may err."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ CANCELLATION: dict[str, Callable[[Tensor, Tensor], Pair]] = {
     "two nearly constant groups": lambda a, g: (nearly_constant(a, 2), centred(g, 2)),
 }
 
-FUNCTIONS = ("linear_grad_norm_sq", "linear_weight_grad_with_norm", "linear_grad_gram")
+FUNCTIONS = ("linear_grad_norm_sq", "linear_weight_grad", "linear_weight_grad_with_norm", "linear_grad_gram")
 # Short sequences, for the Gram form, and long ones, for the direct form.
 _SIZES = [
     (4, 1, 1, 1), (3, 1, 70, 33), (4, 2, 7, 5), (3, 7, 12, 30), (2, 16, 32, 48), (2, 33, 130, 66), (9, 5, 8, 17),
@@ -115,8 +115,8 @@ CASES = [
         ]
     ),
     *(
-        linear_case("linear_weight_grad_with_norm", f"sample weights, {'x'.join(map(str, sizes))}", sizes,
-                    sample_weight=weights)
+        linear_case(function, f"sample weights, {'x'.join(map(str, sizes))}", sizes, sample_weight=weights)
+        for function in ("linear_weight_grad", "linear_weight_grad_with_norm")
         for sizes, weights in [((4, 1, 9, 5), [0.5, 2, 0, 1]), ((3, 40, 33, 17), [0.25, -1, 3]),
                                ((2, 100, 8, 9), [0, 0])]
     ),

@@ -15,8 +15,14 @@ from fastmix.testing.cases import check_case
 from fastmix.testing.grad_norm import CANCELLATION, CASES, check_norms, linear_case
 from tritonkernels import _grad_norm_direct, _grad_norm_gram, _grad_norm_product, _grad_norm_weight, grad_norm
 
-OPS = ("linear_grad_norm_sq", "linear_grad_norm_sq_bwd", "linear_weight_grad_with_norm", "linear_grad_gram")
-NORM, WEIGHT, GRAM = OPS[0], *OPS[2:]
+OPS = (
+    "linear_grad_norm_sq",
+    "linear_grad_norm_sq_bwd",
+    "linear_weight_grad",
+    "linear_weight_grad_with_norm",
+    "linear_grad_gram",
+)
+NORM, WEIGHT, GRAM = OPS[0], *OPS[3:]
 HALF, FLOAT = torch.float16, torch.float32
 DTYPES = [FLOAT, HALF]
 SLOW = ("2x70x100x200", "4x100x20x12", "9x5x8x17", "2x130x33x9", "2x33x130x66", "many samples")
