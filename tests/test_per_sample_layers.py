@@ -129,6 +129,12 @@ NORMS = [
     module("group norm", lambda: nn.GroupNorm(2, 6), floats(B, 6, T)),
     module("group norm of images", lambda: nn.GroupNorm(3, 6), floats(B, 6, 4, 5)),
     module("group norm [B, C]", lambda: nn.GroupNorm(2, 6), floats(B, 6)),
+    # Behind a layer, since PyTorch's own backward of channels-last values crashes without a gradient to pass on.
+    module(
+        "group norm, channels last",
+        lambda: nn.Sequential(nn.Conv2d(4, 6, 2), nn.GroupNorm(3, 6)),
+        lambda: (torch.randn(B, 4, 5, 6).to(memory_format=torch.channels_last),),
+    ),
     module("instance norm 1d", lambda: nn.InstanceNorm1d(C, affine=True), floats(B, C, T)),
     module("instance norm 2d", lambda: nn.InstanceNorm2d(C, affine=True), floats(B, C, 4, 5)),
     module("instance norm 3d", lambda: nn.InstanceNorm3d(C, affine=True), floats(B, C, 2, 3, 2)),

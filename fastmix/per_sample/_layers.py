@@ -241,7 +241,7 @@ def _of_groups(x: Tensor, num_groups: int, eps: float) -> tuple[Tensor, Tensor]:
         statistics = _moments(x.reshape(b, num_groups, -1, length), (2, 3), eps)
         statistics = [value[..., 0] for value in statistics]
     else:
-        _, *statistics = torch.native_group_norm(x.squeeze(1), None, None, b, c, length, num_groups, eps)
+        _, *statistics = torch.native_group_norm(x.squeeze(1).contiguous(), None, None, b, c, length, num_groups, eps)
     return tuple(value.repeat_interleave(c // num_groups, 1)[:, None] for value in statistics)
 
 
