@@ -281,3 +281,13 @@ def test_sparse_gradients_stay_sparse():
 def test_a_table_with_a_largest_norm():
     ids = torch.tensor([[1, 4, 4], [0, 0, 2], [4, 1, 3]])
     check_norms(nn.Embedding(7, C, max_norm=1.0), (ids,))
+
+
+def test_bags_of_float64_are_averaged_in_float64():
+    ids, offsets = bags()
+    model = Bags(V, C).double()
+    with per_sample.grad_norms(model, "sum") as norms:
+        model(ids, offsets).sum().backward()
+    shares = [torch.bincount(bag, minlength=1).double() / max(len(bag), 1) for bag in ids.tensor_split(offsets[1:])]
+    expected = torch.stack([share.norm() for share in shares]) * math.sqrt(C)
+    torch.testing.assert_close(norms.total, expected, rtol=1e-14, atol=0)

@@ -83,6 +83,8 @@ def embedding_bag(
     recorder.expect(weight)
     num = len(weight)
     padding = None if padding_idx is None else padding_idx % num
+    if per_sample_weights is None:
+        per_sample_weights = torch.ones_like(input, dtype=torch.promote_types(weight.dtype, torch.float32))
     ids, row_weight = _bags(input, offsets, per_sample_weights, include_last_offset)
     if mode == "mean":
         counted = row_weight if padding is None else row_weight * (ids != padding)
@@ -95,9 +97,8 @@ def embedding_bag(
     return output
 
 
-def _bags(input: Tensor, offsets: Tensor | None, weights: Tensor | None, has_last: bool) -> tuple[Tensor, Tensor]:
+def _bags(input: Tensor, offsets: Tensor | None, weights: Tensor, has_last: bool) -> tuple[Tensor, Tensor]:
     """Ids [B, longest bag] and the factors of their rows, 0 where a bag is shorter."""
-    weights = torch.ones(input.shape, device=input.device) if weights is None else weights
     if input.ndim == 2:
         return input, weights
     ends = offsets[1:] if has_last else torch.cat([offsets[1:], offsets.new_tensor([len(input)])])
