@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Iterable
-from weakref import WeakSet
+from weakref import WeakKeyDictionary, WeakSet
 
 from opacus import PrivacyEngine
 from opacus.grad_sample import (
@@ -31,6 +31,7 @@ _HOOKS = (
     GradSampleModuleFastGradientClipping,
 )
 _OPTIMIZER_OF = {accelerated: original for original, accelerated in ACCELERATED.items()}
+_accelerated: WeakSet[DPOptimizer] = WeakSet()
 
 
 class _Engine(PrivacyEngine):
@@ -45,7 +46,7 @@ class _Engine(PrivacyEngine):
         result = super().make_private(module=module, grad_sample_mode=grad_sample_mode, **kwargs)
         hooks, optimizer = result[:2]
         _accelerate_optimizer(optimizer, hooks)
-        self._accelerated.add(optimizer)
+        _made_by.setdefault(self, WeakSet()).add(optimizer)
         return result
 
 
@@ -62,6 +63,7 @@ _ENGINES = {
     PrivacyEngineAdaptiveClipping: AcceleratedPrivacyEngineAdaptiveClipping,
 }
 _ENGINE_OF = {accelerated: original for original, accelerated in _ENGINES.items()}
+_made_by: WeakKeyDictionary[PrivacyEngine, WeakSet[DPOptimizer]] = WeakKeyDictionary()
 
 
 def accelerate(target: PrivacyEngine | DPOptimizer) -> None:
@@ -77,17 +79,15 @@ def accelerate(target: PrivacyEngine | DPOptimizer) -> None:
     if target.dataset is not None:
         raise RuntimeError("this engine has made a model private already: accelerate the optimizer that it returned")
     target.__class__ = _ENGINES[kind]
-    target._accelerated = WeakSet()
 
 
 def restore(target: PrivacyEngine | DPOptimizer) -> None:
     _check_class(target)
     if type(target) in _OPTIMIZER_OF:
-        _restore_optimizer(target)
+        _restore_optimizers(target._recorded_hooks)
     if type(target) in _ENGINE_OF:
-        for optimizer in target._accelerated:
+        for optimizer in _made_by.pop(target, ()):
             restore(optimizer)
-        del target._accelerated
         target.__class__ = _ENGINE_OF[type(target)]
 
 
@@ -103,23 +103,22 @@ def _accelerate_optimizer(optimizer: DPOptimizer, hooks: AbstractGradSampleHooks
         raise TypeError(f"the optimizer is a {type(optimizer).__name__}; served are {_names(ACCELERATED)}")
     if type(hooks) not in _HOOKS:
         raise TypeError(f"the model was made private by a {type(hooks).__name__}; served are {_names(_HOOKS)}")
-    recorded = recorded_forward(hooks)
-    if recorded is None:
+    if recorded_forward(hooks) is None:
         RecordedForward(hooks).attach()
-    elif recorded.hooks is not hooks:
-        raise RuntimeError(
-            f"the model of this {type(hooks).__name__} is accelerated for another one: restore that one's optimizer"
-        )
     optimizer.__class__ = ACCELERATED[type(optimizer)]
     optimizer._recorded_hooks = hooks
+    _accelerated.add(optimizer)
 
 
-def _restore_optimizer(optimizer: DPOptimizer) -> None:
-    optimizer.__class__ = _OPTIMIZER_OF[type(optimizer)]
-    recorded = recorded_forward(optimizer._recorded_hooks)
+def _restore_optimizers(hooks: AbstractGradSampleHooks) -> None:
+    """All of one model, which has one kind of hooks."""
+    for optimizer in [each for each in _accelerated if each._recorded_hooks is hooks]:
+        optimizer.__class__ = _OPTIMIZER_OF[type(optimizer)]
+        del optimizer._recorded_hooks
+        _accelerated.remove(optimizer)
+    recorded = recorded_forward(hooks)
     if recorded is not None:
         recorded.detach()
-    del optimizer._recorded_hooks
 
 
 def _hooks_of(optimizer: DPOptimizer) -> AbstractGradSampleHooks:
@@ -130,7 +129,7 @@ def _hooks_of(optimizer: DPOptimizer) -> AbstractGradSampleHooks:
         if AbstractGradSampleHooks in type(hooks).__mro__ and "_module" in vars(hooks) | vars(hooks).get(
             "_modules", {}
         ):
-            is_active = type(hooks) not in _HOOKS or _is_attached(hooks)
+            is_active = type(hooks) not in _HOOKS or "autograd_grad_sample_hooks" in vars(hooks)
             if is_active and parameters <= set(inner_model(hooks).parameters()):
                 found.append(hooks)
     if len(found) != 1:
@@ -139,11 +138,6 @@ def _hooks_of(optimizer: DPOptimizer) -> AbstractGradSampleHooks:
             f"{len(found)}"
         )
     return found[0]
-
-
-def _is_attached(hooks: GradSampleHooks) -> bool:
-    recorded = recorded_forward(hooks)
-    return "autograd_grad_sample_hooks" in vars(hooks) or (recorded is not None and recorded.hooks is hooks)
 
 
 def _names(classes: Iterable[type]) -> str:

@@ -100,33 +100,40 @@ class RecordedForward:
         self.batch: dict[nn.Parameter, BatchGradients] = {}
 
     def attach(self) -> None:
-        enabled = self.hooks.hooks_enabled
-        self.hooks.remove_hooks()
-        self.hooks.hooks_enabled = enabled
-        self.hooks.set_grad_sample_to_none()
+        hooks = self.hooks
+        enabled = hooks.hooks_enabled
+        hooks.remove_hooks()
+        hooks.hooks_enabled = enabled
+        hooks.set_grad_sample_to_none()
+        # Among the handles that Opacus' remove_hooks, cleanup and to_standard_module remove.
+        hooks.autograd_grad_sample_hooks = hooks._module.autograd_grad_sample_hooks = [self]
         self.model.forward = self
         if self.synchronises is not None:  # DDP waits for gradients of weights: Opacus' optimizer adds them up
-            self.hooks._module.require_backward_grad_sync = False
+            hooks._module.require_backward_grad_sync = False
         if self.is_ghost:
             _ghosts.add(self)
             DPTensorFastGradientClipping.backward = _backward
 
-    def detach(self) -> None:
-        hooks = self.hooks
+    def remove(self) -> None:
         if self.own is None:
             del self.model.forward
         else:
             self.model.forward = self.own
         if self.synchronises is not None:
-            hooks._module.require_backward_grad_sync = self.synchronises
-        hooks.set_grad_sample_to_none()
-        enabled = hooks.hooks_enabled
-        options = {"loss_reduction": hooks.loss_reduction, "batch_first": hooks.batch_first}
-        hooks.add_hooks(**options, force_functorch=hooks.force_functorch)
-        hooks.hooks_enabled = enabled
+            self.hooks._module.require_backward_grad_sync = self.synchronises
         _ghosts.discard(self)
         if not _ghosts:
             DPTensorFastGradientClipping.backward = _opacus_backward
+
+    def detach(self) -> None:
+        """Opacus' hooks are back."""
+        hooks = self.hooks
+        enabled = hooks.hooks_enabled
+        hooks.remove_hooks()
+        hooks.set_grad_sample_to_none()
+        options = {"loss_reduction": hooks.loss_reduction, "batch_first": hooks.batch_first}
+        hooks.add_hooks(**options, force_functorch=hooks.force_functorch)
+        hooks.hooks_enabled = enabled
 
     @property
     def __signature__(self) -> inspect.Signature:
@@ -140,11 +147,6 @@ class RecordedForward:
         trainable = any(parameter.requires_grad for parameter in self.model.parameters())
         if not (self.hooks.hooks_enabled and torch.is_grad_enabled() and self.model.training and trainable):
             return self.original(*args, **kwargs)
-        if hasattr(self.hooks._module, "autograd_grad_sample_hooks"):
-            raise RuntimeError(
-                "the model has Opacus' own hooks as well: call remove_hooks() of the GradSampleModule that added "
-                "them, or fastmix.integrations.opacus.restore(optimizer)"
-            )
         self._begin_batch()
         given = [tensor for tensor in tensors_in((args, kwargs)) if tensor.requires_grad]
         leaves = {id(tensor): tensor.detach().requires_grad_() for tensor in given}
@@ -345,7 +347,7 @@ def inner_model(hooks: GradSampleHooks) -> nn.Module:
 def recorded_forward(hooks: GradSampleHooks) -> RecordedForward | None:
     """Of hooks that are accelerated."""
     forward = vars(inner_model(hooks)).get("forward")
-    return forward if isinstance(forward, RecordedForward) else None
+    return forward if isinstance(forward, RecordedForward) and forward.hooks is hooks else None
 
 
 def no_gradient(name: str) -> ValueError:

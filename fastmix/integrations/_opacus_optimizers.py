@@ -25,9 +25,15 @@ class _Clipping(DPOptimizer):
     """One norm a sample, over all parameters."""
 
     def _get_flat_grad_sample(self, p: nn.Parameter) -> GradSample:
-        if not isinstance(getattr(p, "grad_sample", None), GradSample):
+        grad_sample = getattr(p, "grad_sample", None)
+        if grad_sample is not None and not isinstance(grad_sample, GradSample):
+            raise RuntimeError(
+                "the model has Opacus' own hooks again: call fastmix.integrations.opacus.restore(optimizer), and "
+                "accelerate(optimizer) after it"
+            )
+        if grad_sample is None:
             raise no_gradient(f"a parameter {list(p.shape)} of the optimizer")
-        return p.grad_sample
+        return grad_sample
 
     def clip_and_accumulate(self) -> None:
         samples = self.grad_samples

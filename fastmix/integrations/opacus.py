@@ -41,7 +41,7 @@ def accelerate(privacy_engine_or_optimizer: PrivacyEngine | DPOptimizer) -> None
             of one's own); ``make_private`` raises it for such a mode.
         ValueError: the optimizer's parameters belong to no GradSampleModule, or to several.
         RuntimeError: the argument is accelerated already, or an engine has made a model private already. In the
-            forward: Opacus' hooks were added to the model again.
+            step: Opacus' hooks were removed and added again.
         ImportError: opacus is not installed.
 
     Abadi et al., Deep Learning with Differential Privacy (arXiv:1607.00133); Yousefpour et al., Opacus
@@ -55,7 +55,7 @@ def restore(privacy_engine_or_optimizer: PrivacyEngine | DPOptimizer) -> None:
 
     Args:
         privacy_engine_or_optimizer: an engine, with all optimizers and models that it made private since, or an
-            optimizer with its model.
+            optimizer with its model and the other optimizers of this model.
 
     Returns:
         None.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import pickle
 from datetime import timedelta
 
 import pytest
@@ -118,20 +119,57 @@ def test_other_classes(model, private):
         accelerate(DPOptimizer(sgd, noise_multiplier=1.0, max_grad_norm=1.0, expected_batch_size=1))
 
 
-def test_hooks_of_opacus_beside_ours(model, x, private, fast):
+@pytest.mark.parametrize("way", [None, "engine"])
+@pytest.mark.parametrize("wrap_model", [True, False])
+@pytest.mark.parametrize("mode", MODES)
+def test_hooks_that_are_removed_leave_nothing_behind(mode, wrap_model, way, model, x, y, private):
+    """The model can be made private anew, and restoring the optimizer of before takes nothing from it."""
+    own = model()
+    first = private(own, way="engine", mode=mode, wrap_model=wrap_model)
+    first.step_of(lambda: first.criterion(own(x), y))
+    first.module.cleanup()
+    assert "forward" not in vars(own)
+    assert not hasattr(own.first.weight, "grad_sample")
+    again = private(own, way=way, mode=mode)
+    restore(first.optimizer)
+    torch.testing.assert_close(again.step(x, y=y), private(model(), mode=mode).step(x, y=y))
+
+
+def test_hooks_of_opacus_beside_ours(model, x, y, private, fast):
     run = fast(model())
+    with pytest.raises(ValueError, match="Trying to add hooks twice"):
+        private(run.model)
+    run.module.remove_hooks()
     run.module.add_hooks()
-    with pytest.raises(RuntimeError, match="Opacus' own hooks as well"):
-        run.module(x)
-    run = fast(model())
-    second = private(run.model)
-    with pytest.raises(ValueError, match=r"must belong to one GradSampleModule, .* found 2"):
-        accelerate(second.optimizer)
-    with pytest.raises(RuntimeError, match="Opacus' own hooks as well"):
-        run.module(x)
-    run = fast(model())
-    with pytest.raises(RuntimeError, match="accelerated for another one"):
-        private(run.model, way="engine")
+    with pytest.raises(RuntimeError, match="the model has Opacus' own hooks again"):
+        run.step(x, y=y)
+    restore(run.optimizer)
+    torch.testing.assert_close(run.step(x, y=y), private(model()).step(x, y=y))
+
+
+def test_several_optimizers_of_one_model(model, x, y, private):
+    def make(way):
+        run = private(model(), way=way)
+        run.model.first.requires_grad_(False)
+        second = private(run.module, engine=run.engine).optimizer
+        run.model.first.requires_grad_(True)
+        return run, [run.optimizer, second]
+
+    run, optimizers = make("engine")
+    assert [len(optimizer.params) for optimizer in optimizers] == [4, 2]
+    restore(optimizers[1])
+    assert {type(optimizer) for optimizer in optimizers} == {DPOptimizer}
+    torch.testing.assert_close(run.step(x, y=y), private(model()).step(x, y=y))
+
+
+def test_engines_are_pickled(model, private):
+    run = private(model(), way="engine")
+    run.engine.dataset = None
+    other = pickle.loads(pickle.dumps(run.engine))
+    assert type(other) is type(run.engine)
+    restore(other)
+    assert type(other) is PrivacyEngine
+    assert type(run.optimizer) is not DPOptimizer
 
 
 def test_a_grad_norms_block(model, x, fast):
