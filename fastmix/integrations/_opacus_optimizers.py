@@ -59,6 +59,10 @@ class _AdaptiveClipping(_Clipping):
         self.unclipped_num += (factors[0] >= 1).sum()
         return factors
 
+    def update_max_grad_norm(self) -> None:
+        if self.sample_size:  # else noise / 0 would take the bound, and with it the next step's noise, to its limits
+            super().update_max_grad_norm()
+
 
 class _PerLayerClipping(_Clipping):
     """A norm for each parameter."""

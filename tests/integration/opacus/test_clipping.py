@@ -237,6 +237,15 @@ def test_poisson_batches_and_empty_ones(mode, make, x, private):
     torch.testing.assert_close(find("engine"), expected)
 
 
+def test_the_adaptive_bound_stays_when_nobody_counts(private):
+    """Opacus' own optimizer refuses an empty batch."""
+    run = private(mlp(), VECTORS, way="engine", noise_multiplier=0.5, **ADAPTIVE)
+    for size in (4, 0, 0, 4):
+        bound = float(run.optimizer.max_grad_norm)
+        run.step(VECTORS[:size], y=torch.arange(size) % 4)
+        assert (run.optimizer.max_grad_norm == bound) == (size == 0)
+
+
 @pytest.mark.parametrize("mode", ["hooks", "ghost"])
 def test_virtual_steps(mode, check_same):
     def step(run):
