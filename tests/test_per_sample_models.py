@@ -259,12 +259,17 @@ def _ids():
     return (torch.randint(0, 13, (B, 6)),)
 
 
+def _ids_of_different_lengths():
+    return *_ids(), torch.tensor([[1] * 6, [1] * 4 + [0] * 2, [1] * 2 + [0] * 4])
+
+
 @pytest.mark.parametrize("reduction", ["sum", "mean"])
 @pytest.mark.parametrize(
     "case",
     [
         ModelCase("GPT-2", _gpt2, _ids),
         ModelCase("BERT", _bert, _ids, vanishing=("key.bias",)),
+        ModelCase("BERT with a padding mask", _bert, _ids_of_different_lengths, vanishing=("key.bias",)),
         ModelCase("ViT", _vit, floats(B, 3, 8, 8), vanishing=("k_proj.bias",)),
         ModelCase("Llama", _llama, _ids),
     ],

@@ -142,6 +142,11 @@ def last_token_by_index(m, x):
 
 
 @pattern(first=linear(), out=linear())
+def tokens_of_each_sample_by_index(m, x):
+    return m.out(m.first(x)[torch.arange(len(x))[:, None], x[..., 0].argsort(1)[:, :B]])
+
+
+@pattern(first=linear(), out=linear())
 def tokens_by_gather(m, x):
     index = x[..., 0].argsort(1)[..., None].expand(-1, -1, C)
     return m.out(m.first(x).gather(1, index))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -160,9 +161,11 @@ def test_sequence_first_layers_with_as_many_positions_as_samples():
     [
         lambda m, x: m.a(x.flip(0)).flip(0),
         lambda m, x: m.a(x[torch.tensor([2, 0, 1])])[torch.tensor([1, 2, 0])],
+        lambda m, x: m.a(x[np.array([2, 0, 1])])[np.array([1, 2, 0])],
+        lambda m, x: m.a(x[range(2, -1, -1)])[range(2, -1, -1)],
         lambda m, x: m.a(x.roll(1, 0)).roll(-1, 0),
     ],
-    ids=["flip", "index", "roll"],
+    ids=["flip", "index", "array", "range", "roll"],
 )
 def test_samples_in_another_order(mix):
     """Exact, or refused: the layer's rows are not in the order of the losses."""

@@ -33,6 +33,7 @@ _REORDER = frozenset(
         torch.flip, torch.gather, torch.index_select, torch.roll, torch.sort, torch.take_along_dim,
     }
 )  # fmt: skip
+_BASIC_INDEX = (int, slice, type(None), type(Ellipsis))  # which keep the order
 
 
 class Batch:
@@ -141,9 +142,11 @@ class Batch:
         """Whether func changes the order of the samples."""
         dim = place if isinstance(place, int) else 0
         if func is Tensor.__getitem__:
-            index = args[1] if isinstance(args[1], tuple) else (args[1],)
-            index = index[dim] if len(index) > dim and not any(item is Ellipsis for item in index[:dim]) else None
-            return isinstance(index, (Tensor, list)) and not self._counts(index)
+            indices = args[1] if isinstance(args[1], tuple) else (args[1],)
+            if len(indices) <= dim or any(index is Ellipsis for index in indices[:dim]):
+                return False
+            index, *others = [indices[dim], *indices[:dim], *indices[dim + 1 :]]
+            return not isinstance(index, _BASIC_INDEX) and not self._counts(index, others)
         if func not in _REORDER:
             return False
         given = [*args[1:], *kwargs.values()]
@@ -152,10 +155,15 @@ class Batch:
         ]
         return not dims or dim in [d % args[0].ndim for d in dims]
 
-    def _counts(self, index: Tensor | list) -> bool:
-        """Whether the index is 0, 1, …, B − 1."""
+    def _counts(self, index: object, others: list[object]) -> bool:
+        """Whether the index is 0, 1, …, B − 1, along the first dimension of what it and the others are broadcast to."""
         index = torch.as_tensor(index)
-        return index.device.type != "meta" and index.shape == (self.size,) and index.tolist() == [*range(self.size)]
+        if index.device.type == "meta" or index.dtype == torch.bool or index.shape[:1] != (self.size,):
+            return False
+        others = [torch.as_tensor(other) for other in others if not isinstance(other, _BASIC_INDEX)]
+        if index.numel() != self.size or any(other.ndim > index.ndim for other in others):
+            return False
+        return index.flatten().tolist() == [*range(self.size)]
 
 
 def tensors_in(value: object) -> Iterator[Tensor]:
