@@ -63,7 +63,8 @@ GPU_SOURCE := cuda_emulated beam_search_emulated triton_compile
 PROGRAMS := readme docs $(patsubst tests/test_%.py,%,$(wildcard tests/test_benchmarks*.py tests/test_examples*.py))
 METHODS := $(patsubst tests/test_%.py,%,$(wildcard tests/test_nn_*.py tests/test_generation_*.py \
   tests/test_per_sample_*.py tests/test_losses_*.py tests/test_init*.py))
-ANY_LEVEL := $(GPU_SOURCE) $(PROGRAMS) $(METHODS) cli contract scaled_attention_reference trie_builder trie_cli trie_file
+ANY_LEVEL := $(GPU_SOURCE) $(PROGRAMS) $(METHODS) budgets cli contract scaled_attention_reference \
+  trie_builder trie_cli trie_file
 
 # At the other instruction levels the ops themselves: what stands on them, models, integrations and compiled programs,
 # knows no level.
@@ -81,8 +82,9 @@ test-pure: $(SETUP)
 	  $(PYTEST) --ignore triton --ignore integration/opacus \
 	  $(patsubst %,--ignore test_%.py,$(GPU_SOURCE) $(PROGRAMS) $(LONG)) .
 
-# The CPU kernels under the address and the undefined-behaviour sanitizer: what they check depends on no optimisation.
-SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=undefined -O1 -g1
+# The CPU kernels under the address and the undefined-behaviour sanitizer: what they check depends on no optimisation,
+# and -Og compiles sooner than -O1.
+SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=undefined -Og -g1
 SANITIZED_LEVELS := default avx2
 test-sanitized: $(SETUP)
 	CFLAGS="$(SANITIZE)" CXXFLAGS="$(SANITIZE)" LDFLAGS="$(SANITIZE)" FASTMIX_CUDA=0 \
