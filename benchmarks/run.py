@@ -8,6 +8,7 @@ import importlib
 import json
 import os
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -54,8 +55,10 @@ def run(ops: list[str], device: str, full: bool, threads: int) -> dict[str, Any]
             work += [functools.partial(session.model, model) for model in module.models(device, full)]
     threads_before = torch.get_num_threads()
     try:
-        for step in tqdm(work, desc="fastmix bench", unit="case", disable=None):
-            step()
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="(?!fastmix )")  # what peers remark
+            for step in tqdm(work, desc="fastmix bench", unit="case", disable=None):
+                step()
     finally:
         torch.set_num_threads(threads_before)
     return session.document

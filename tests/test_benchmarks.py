@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
+import warnings
 from types import SimpleNamespace
 
 import pytest
@@ -162,6 +163,20 @@ def test_cases_that_are_left_out(small_session):
     assert [entry["mode"] for entry in document["records"]] == [FORWARD]
     assert {(entry["provider"], entry["reason"]) for entry in document["not_run"]} == {(OURS, "pigs do not fly")}
     assert len(document["not_run"]) == 2
+
+
+def test_only_our_own_warnings_are_shown(small_session):
+    def warn(remark):
+        def function(x):
+            warnings.warn(remark, stacklevel=1)
+            return square(x)
+
+        return function
+
+    small_session(bench_case(warn("fastmix has no kernels"), peers=(Provider("peer", warn("a peer's remark")),)))
+    with pytest.warns(UserWarning, match="fastmix") as shown:
+        run.run(["fft_mixing"], "cpu", full=False, threads=1)
+    assert {str(warning.message) for warning in shown} == {"fastmix has no kernels"}
 
 
 @pytest.mark.parametrize("function", [wrong, raising])
