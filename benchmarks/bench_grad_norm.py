@@ -142,7 +142,7 @@ def _name(shape: Shape) -> str:
 
 
 def _norms(setting: Setting) -> BenchCase:
-    return _model_case("grad_norms", setting, ways.our_norms, ways.loop_norms, ways.norm_peers(setting))
+    return _model_case("grad_norms", setting, ways.our_norms, ways.specified_norms, ways.norm_peers(setting))
 
 
 def _clip(setting: Setting) -> BenchCase:

@@ -166,11 +166,20 @@ def _calls(bench: BenchCase, inputs: dict[str, Any], grad_output: Tensor | None,
 def take_turns(
     calls: dict[str, Callable[[], object]], rounds: int, time_once: Callable[[Callable[[], object]], float]
 ) -> dict[str, list[float]]:
-    """Milliseconds of each call in each round; all calls once per round, so that a slow spell hits all alike."""
+    """Milliseconds of each call in each round; all calls once per round, so that a slow spell hits all alike.
+
+    What follows a call of twice its time is made once more: a loop over samples leaves caches and memory in such a
+    state that the next call may take four times as long.
+    """
     times = {name: [] for name in calls}
+    before = 0.0
     for _ in range(rounds):
         for name, call in calls.items():
-            times[name].append(time_once(call))
+            elapsed = time_once(call)
+            if before > 2 * elapsed:
+                elapsed = time_once(call)
+            times[name].append(elapsed)
+            before = elapsed
     return times
 
 

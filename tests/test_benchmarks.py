@@ -85,6 +85,12 @@ def test_providers_take_turns():
     assert times == {"a": [0, 3, 6], "b": [1, 4, 7], "c": [2, 5, 8]}
 
 
+def test_a_call_is_not_charged_for_what_a_long_one_left_behind():
+    clock = {"short": iter([1, 4, 1, 4, 1]), "long": iter([20, 20, 20])}
+    times = harness.take_turns({name: lambda name=name: name for name in clock}, 3, lambda call: next(clock[call()]))
+    assert times == {"short": [1, 1, 1], "long": [20, 20, 20]}
+
+
 def test_figures():
     times = {OURS: [2.0, 1.0, 3.0], "near": [4.0] * 3, "far": [8.0] * 3}
     figures = harness.summarise(times, LIMITS, moved_bytes=10_000_000, flops=10_000_000)
