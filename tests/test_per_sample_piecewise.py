@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import parametrizations, spectral_norm
+from torch.utils.checkpoint import checkpoint
 
 from fastmix.per_sample import gradient_normalize
 from fastmix.testing.gradient_normalize import discriminator_of, note_claims, plain, values_and_gradients
@@ -90,6 +91,37 @@ def _written(h, w):
     return buffer
 
 
+def _set(place):
+    def function(h, w):
+        h = h + w
+        h[place(h)] = 0.7
+        return h
+
+    return function
+
+
+def _added_unseen(h, w):
+    h = h + w
+    with torch.no_grad():
+        h.add_(0.7)
+    return h
+
+
+def _added_to_data(h, w):
+    h = h + w
+    h.data.add_(0.7)
+    return h
+
+
+class _Checkpointed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 3, 3)
+
+    def forward(self, h):
+        return checkpoint(lambda h: F.relu(self.conv(h)), h, use_reentrant=False)
+
+
 PIECEWISE_LINEAR = {
     "relu": nn.ReLU(), "relu in place": nn.ReLU(inplace=True), "leaky relu": nn.LeakyReLU(0.1),
     "leaky relu in place": nn.LeakyReLU(0.2, inplace=True), "negative slope": nn.LeakyReLU(-0.5),
@@ -153,7 +185,10 @@ GENERAL = {
     "hidden function": Apply(lambda h, w: _Square.apply(h)), "hidden addend": Apply(lambda h, w: h + _Square.apply(h)),
     "hidden weight": Apply(lambda h, w: F.conv2d(h, _Square.apply(h).mean((0, 2, 3)).view(1, 3, 1, 1))),
     "dynamic weight": Apply(lambda h, w: F.conv2d(h, h.mean((0, 2, 3)).view(1, 3, 1, 1))),
-    "written": Apply(_written), "mean of the batch": Apply(lambda h, w: h - h.mean(0)),
+    "written": Apply(_written), "channel set": Apply(_set(lambda h: (slice(None), 0))),
+    "mask set": Apply(_set(lambda h: h > 0)), "added unseen": Apply(_added_unseen),
+    "added to data": Apply(_added_to_data), "checkpoint": _Checkpointed(),
+    "mean of the batch": Apply(lambda h, w: h - h.mean(0)),
     "reordered batch": Apply(lambda h, w: h[[1, 0, 3, 2]]), "flipped batch": Apply(lambda h, w: h.flip(0)),
     "transposed batch": Apply(lambda h, w: h[..., :4].transpose(0, 3).transpose(0, 3)),
     "smooth before convolution": nn.Sequential(nn.SiLU(), nn.Conv2d(3, 4, 3), nn.ReLU(), nn.ELU()),

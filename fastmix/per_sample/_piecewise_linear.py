@@ -30,8 +30,9 @@ class PiecewiseLinear(TorchFunctionMode):
         self.batch = len(x)
         self.scale = Scale(x)
         self._holds = self.batch > 0
-        # Tensors that are homogeneous in (x, s), and those that were computed from neither.
-        self._signals: WeakIdKeyDictionary = WeakIdKeyDictionary({x: True})
+        # Tensors that are homogeneous in (x, s), with their versions: whoever else writes to one makes it something
+        # else. And those that were computed from neither.
+        self._signals: WeakIdKeyDictionary = WeakIdKeyDictionary({x: x._version})
         self._constants: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
     def homogeneous(self, output: Tensor) -> bool:
@@ -41,7 +42,13 @@ class PiecewiseLinear(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is F.batch_norm:
             _refuse_training(*args, **kwargs)
+        if func in _DATA and self.is_signal(args[0]):
+            self._holds = False
         if not torch.is_grad_enabled():
+            return func(*args, **kwargs)
+        if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
+            # A checkpoint counts what functions save, and repeats them where nobody intercepts them.
+            self._holds = False
             return func(*args, **kwargs)
         tensors = list(tensors_in((args, kwargs)))
         if all(self.is_constant(tensor) for tensor in tensors):
@@ -63,11 +70,11 @@ class PiecewiseLinear(TorchFunctionMode):
         if outputs and not (known and all(output.shape[:1] == (self.batch,) for output in outputs)):
             self._holds = False
         if self._holds:
-            self._signals.update((output, True) for output in outputs)
+            self._signals.update((output, output._version) for output in outputs)
         return result
 
     def is_signal(self, value: object) -> bool:
-        return isinstance(value, Tensor) and value in self._signals
+        return isinstance(value, Tensor) and self._signals.get(value) == value._version
 
     def is_constant(self, value: object) -> bool:
         """Whether derivatives by x and s see a constant in it."""
@@ -86,6 +93,10 @@ class PiecewiseLinear(TorchFunctionMode):
             too_large = isinstance(value, Tensor) and value.ndim > signal.ndim
             return None if too_large else self.scaled(value, signal)
         return value if value.ndim == signal.ndim else None
+
+
+# Writes to it are seen by nobody.
+_DATA = {Tensor.data.__get__, Tensor.data.__set__}
 
 
 def _refuse_training(input, running_mean, running_var, weight=None, bias=None, training=False, *args, **kwargs) -> None:
