@@ -304,11 +304,16 @@ def _bad(function):
         (TypeError, "x must be float32, .* got int64", nn.Identity(), {"x": torch.ones(3).long()}),
         (TypeError, "x must be float32, .* got complex64", nn.Identity(), {"x": torch.ones(3).cfloat()}),
         (ValueError, r"x must be \[B, …\], got \[\]", nn.Identity(), {"x": torch.ones(())}),
-        (ValueError, "discriminator must treat samples apart, got BatchNorm in training",
+        (ValueError, "discriminator has the layer '1', a BatchNorm1d that is in training mode",
          nn.Sequential(nn.Flatten(), nn.BatchNorm1d(4), nn.Linear(4, 1)), {}),
-        (ValueError, "discriminator must treat samples apart, got BatchNorm in training",
+        (ValueError, "discriminator has the layer '1', a SyncBatchNorm that is in training mode",
+         nn.Sequential(nn.Flatten(), nn.SyncBatchNorm(4), nn.Linear(4, 1)), {}),
+        (ValueError, "discriminator has the layer '2', a BatchNorm1d that keeps no running statistics",
          nn.Sequential(nn.Flatten(), nn.SiLU(), nn.BatchNorm1d(4, track_running_stats=False), nn.Linear(4, 1)).eval(),
          {}),
+        (ValueError, "discriminator must treat samples apart, got BatchNorm in training",
+         lambda x: F.batch_norm(x.flatten(1), None, None, training=True).sum(1), {}),
+        (TypeError, "discriminator must be callable, got float", 1.0, {}),
     ],
 )  # fmt: skip
 def test_errors(error, match, discriminator, arguments):

@@ -393,3 +393,5 @@ def test_batch_norm_in_evaluation():
 def test_wrong_targets(target):
     with pytest.raises(ValueError, match=f"target must be finite and at least 0, got {target}"):
         per_sample.input_gradient_penalty(_mlp(), torch.randn(B, 3), target=target)
+    with pytest.raises(TypeError, match="target must be a float or None, got str"):
+        per_sample.input_gradient_penalty(_mlp(), torch.randn(B, 3), target=str(target))

@@ -23,9 +23,7 @@ def value_and_gradient(name: str, fn: Callable[[Tensor], Tensor], x: Tensor) -> 
         x: [B, …].
     """
     check_samples("x", x)
-    if not callable(fn):
-        raise TypeError(f"{name} must be callable, got {type(fn).__name__}")
-    refuse_batch_norm(name, fn)
+    check_function(name, fn)
     if torch.compiler.is_compiling():  # what is compiled has no double backward: this part runs eagerly
         return torch.compiler.disable(_value_and_gradient)(name, fn, x)
     return _value_and_gradient(name, fn, x)
@@ -75,8 +73,10 @@ def check_value(name: str, value: object, batch: int) -> Tensor:
     return value if value.ndim == 1 else value.squeeze(1)
 
 
-def refuse_batch_norm(name: str, fn: Callable) -> None:
-    """fn may be a module or a method of one; what another function calls is its own affair."""
+def check_function(name: str, fn: Callable) -> None:
+    """That no layer couples samples. fn may be a module or a method of one; what another function calls is unknown."""
+    if not callable(fn):
+        raise TypeError(f"{name} must be callable, got {type(fn).__name__}")
     module = getattr(fn, "__self__", fn)
     for path, layer in module.named_modules() if isinstance(module, nn.Module) else ():
         if isinstance(layer, _BATCH_NORMS) and (layer.training or layer.running_mean is None):

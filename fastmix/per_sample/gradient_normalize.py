@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastmix.ops._check import check_float
 from fastmix.ops.gradient_ratio import gradient_ratio, resolve_eps
-from fastmix.per_sample._input_gradient import as_input, check_value, gradient_of
+from fastmix.per_sample._input_gradient import as_input, check_function, check_value, gradient_of
 from fastmix.per_sample._piecewise_linear import PiecewiseLinear
 
 
@@ -49,7 +49,8 @@ def gradient_normalize(
         [B], float32 or float64. Without gradients enabled, values alone.
 
     Raises:
-        TypeError: x is no floating-point tensor, the output is no Tensor, or eps is no number.
+        TypeError: the discriminator is not callable, x is no floating-point tensor, the output is no real
+            floating-point tensor, or eps is no number.
         ValueError: x has no batch dimension, the output is not [B] or [B, 1] or does not depend on x, samples are
             coupled by BatchNorm in training, mode is unknown, or eps is negative.
 
@@ -60,6 +61,7 @@ def gradient_normalize(
     if x.ndim == 0:
         raise ValueError("x must be [B, …], got []")
     eps = resolve_eps(mode, eps)
+    check_function("discriminator", discriminator)
     if torch.compiler.is_compiling():
         value, gradient = _traced(discriminator, x)
         return gradient_ratio(value, gradient, mode=mode, eps=eps)

@@ -59,14 +59,16 @@ def input_gradient_penalty(fn: Callable[[Tensor], Tensor], x: Tensor, *, target:
         A scalar, float32 (float64 for float64 x); 0 for an empty batch.
 
     Raises:
-        TypeError: fn is not callable or gives no real floating-point tensor, or x is no floating-point or complex
-            tensor.
+        TypeError: fn is not callable or gives no real floating-point tensor, x is no floating-point or complex tensor,
+            or target is no number.
         ValueError: target is negative or not finite, fn's output is not [B] or [B, 1] or does not depend on x, x has
             no batch dimension, or fn is a module with a BatchNorm that takes its statistics from the batch.
 
     Gulrajani et al., Improved Training of Wasserstein GANs (arXiv:1704.00028); Mescheder et al., Which Training
     Methods for GANs do actually Converge? (arXiv:1801.04406).
     """
+    if isinstance(target, bool) or not isinstance(target, float | int | None):
+        raise TypeError(f"target must be a float or None, got {type(target).__name__}")
     if target is not None and not 0 <= target < float("inf"):
         raise ValueError(f"target must be finite and at least 0, got {target}")
     squared = _squared_norms(fn, x)
