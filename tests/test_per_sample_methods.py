@@ -223,6 +223,32 @@ def test_clipping_under_autocast():
     assert all(parameter.grad.dtype == torch.float32 for parameter in model.parameters())
 
 
+@pytest.mark.parametrize("method", ["clipped_backward", "gram"])
+def test_results_of_our_own_know_no_autocast(method):
+    """A backward's products are cast where it runs under autocast; here it has none."""
+    model, x = nn.Sequential(nn.Linear(6, 8), nn.LayerNorm(8)), torch.randn(B, 20, 6)
+
+    def result(enabled):
+        model.zero_grad()
+        with per_sample.grad_norms(model):
+            losses = weighted_losses(model, x)
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+                if method == "gram":
+                    return [per_sample.gram(model, losses)]
+                per_sample.clipped_backward(losses, model, 0.1)
+        return [parameter.grad for parameter in model.parameters()]
+
+    for actual, expected in zip(result(True), result(False), strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize(("name", "kept"), [("tokens", True), ("MLP", False)])
+def test_gradients_smaller_than_what_they_are_made_of_are_kept(name, kept):
+    model, x = _draw(name)
+    methods = per_sample.clipped_backward(_losses(model, x, "block"), model, 1.0).methods
+    assert (methods["0.weight"] == "per-sample gradients") == kept
+
+
 # Noise
 
 

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.parallel import DistributedDataParallel
 
+from fastmix.per_sample._autograd import at_rest
 from fastmix.per_sample._batch import map_tensors, tensors_in
 from fastmix.per_sample._contributions import Contribution, combine
 from fastmix.per_sample._functions import HANDLERS
@@ -42,14 +43,15 @@ class BatchGradients:
         if self.batch == 0:
             dtype = torch.promote_types(self.parameter.dtype, torch.float32)
             return torch.zeros(0, dtype=dtype, device=self.parameter.device)
-        with torch.no_grad():
-            return combine(self.uses).norm_sq().sqrt() * self.scale
+        with at_rest():
+            self.uses = [combine(self.uses).kept()]
+            return self.uses[0].norm_sq().sqrt() * self.scale
 
     def total(self, weight: Tensor | None = None) -> Tensor:
         """Σ_b weight_b ∇_b, as the parameter's gradient; the weights are 1 if there are none."""
         if self.batch == 0:
             return torch.zeros_like(self.parameter)
-        with torch.no_grad():
+        with at_rest():
             if weight is not None:
                 weight = weight.to(self.parameter.device) * self.scale
             return combine(self.uses).total(weight).view_as(self.parameter).to(self.parameter.dtype)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import types
 from collections.abc import Callable, Iterator, Sequence
 
@@ -20,6 +21,17 @@ def without_interception(func: types.FunctionType) -> types.FunctionType:
 
 run_backward = without_interception(torch.autograd.backward)
 run_grad = without_interception(torch.autograd.grad)
+
+
+@contextlib.contextmanager
+def at_rest() -> Iterator[None]:
+    """For results of our own: without a graph, and in the tensors' own dtypes."""
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.no_grad())
+        for device in ("cpu", "cuda"):
+            if torch.is_autocast_enabled(device):
+                stack.enter_context(torch.autocast(device, enabled=False))
+        yield
 
 
 def nodes_below(

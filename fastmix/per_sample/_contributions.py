@@ -60,6 +60,10 @@ class Contribution(abc.ABC):
         """The same, to be evaluated after the backward has freed the graph."""
         return self
 
+    def kept(self) -> Contribution:
+        """The same, for both norms and a sum."""
+        return self
+
 
 class Samples(Contribution):
     """Gradients small enough to be kept: of a bias, of a normalisation layer's scale."""
@@ -106,6 +110,14 @@ class Linear(Contribution):
 
     def gram(self) -> Tensor:
         return linear_grad_gram(self.a, self.g, bias=False)
+
+    def kept(self) -> Contribution:
+        """The gradients themselves, where they take no more memory than what they are made of: the sum is then nearly
+        free. The product would round those of halves."""
+        is_small = self.batch * self.shape.numel() <= self.a.numel() + self.g.numel()
+        if not is_small or self.a.is_cuda or self.a.dtype not in (torch.float32, torch.float64):
+            return self
+        return Samples(self.g.mT @ self.a)
 
 
 class Conv(Contribution):
@@ -234,6 +246,9 @@ class Derived(Contribution):
         if self.isometric:
             return Derived(self.inner.without_graph(), self.pull, self.shape, True)
         return self.apart()
+
+    def kept(self) -> Contribution:
+        return Derived(self.inner.kept(), self.pull, self.shape, self.isometric)
 
 
 class Sum(Contribution):

@@ -21,7 +21,7 @@ from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakIdKeyDictionary
 
-from fastmix.per_sample._autograd import nodes_below, run_backward, run_grad
+from fastmix.per_sample._autograd import at_rest, nodes_below, run_backward, run_grad
 from fastmix.per_sample._batch import ROWS, Batch, Place, is_in_place, is_injective, map_tensors, tensors_in
 from fastmix.per_sample._contributions import Contribution, Derived, Generic, combine
 from fastmix.per_sample._observer import Observer
@@ -356,7 +356,7 @@ class Recorder(TorchFunctionMode):
         """For computations of our own, which the forward's bookkeeping must not see."""
         running, self.running = self.running, True
         try:
-            with torch.no_grad():
+            with at_rest():
                 yield
         finally:
             self.running = running

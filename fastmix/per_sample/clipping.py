@@ -178,8 +178,10 @@ class _PerSampleGradients:
         return contextlib.nullcontext() if self.recorder is None else self.recorder.at_rest()
 
     def norm_sq(self) -> dict[str, Tensor]:
-        """Name → [B], of the parameters that the losses use."""
+        """Name → [B], of the parameters that the losses use; their sums are expected to follow."""
         if self.recorder is not None:
+            for name, use in self.uses.items():
+                self.uses[name] = use.kept()
             return {name: use.norm_sq() for name, use in self.uses.items()}
         found: dict[str, list[Tensor]] = defaultdict(list)
         b, parameters = len(self.losses), list(self.parameters.values())
