@@ -44,8 +44,7 @@ class BatchGradients:
             dtype = torch.promote_types(self.parameter.dtype, torch.float32)
             return torch.zeros(0, dtype=dtype, device=self.parameter.device)
         with at_rest():
-            self.uses = [combine(self.uses).kept()]
-            return self.uses[0].norm_sq().sqrt() * self.scale
+            return combine(self.uses).norm_sq().sqrt() * self.scale
 
     def total(self, weight: Tensor | None = None) -> Tensor:
         """Σ_b weight_b ∇_b, as the parameter's gradient; the weights are 1 if there are none."""
@@ -269,7 +268,8 @@ class _Run:
         if self.is_empty:
             found = {parameter: [] for parameter in parameters.values()}
         else:
-            found = {parameters[name]: uses for name, uses in recorder.collect(outputs, grads).items()}
+            uses_by_name = recorder.collect(outputs, grads, keep=recorded.hooks.hooks_enabled)
+            found = {parameters[name]: uses for name, uses in uses_by_name.items()}
         size = 0 if self.is_empty else self.size
         if recorded.hooks.hooks_enabled:
             recorded.receive(size, found, [(tensor, tensor._version) for tensor in self.inputs])

@@ -22,6 +22,7 @@ from fastmix.ops.grad_norm import (
     linear_weight_grad,
     linear_weight_grad_with_norm,
 )
+from fastmix.per_sample._autograd import at_rest
 
 
 class Contribution(abc.ABC):
@@ -61,7 +62,7 @@ class Contribution(abc.ABC):
         return self
 
     def kept(self) -> Contribution:
-        """The same, for both norms and a sum."""
+        """The same, to be asked for norms and a sum."""
         return self
 
 
@@ -112,12 +113,13 @@ class Linear(Contribution):
         return linear_grad_gram(self.a, self.g, bias=False)
 
     def kept(self) -> Contribution:
-        """The gradients themselves, where they take no more memory than what they are made of: the sum is then nearly
-        free. The product would round those of halves."""
-        is_small = self.batch * self.shape.numel() <= self.a.numel() + self.g.numel()
+        """The gradients themselves, where they take at most half the memory of what they are made of: the sum is then
+        nearly free. The product would round those of halves."""
+        is_small = 2 * self.batch * self.shape.numel() <= self.a.numel() + self.g.numel()
         if not is_small or self.a.is_cuda or self.a.dtype not in (torch.float32, torch.float64):
             return self
-        return Samples(self.g.mT @ self.a)
+        with at_rest():
+            return Samples(self.g.mT @ self.a)
 
 
 class Conv(Contribution):

@@ -52,7 +52,7 @@ class Recorder(TorchFunctionMode):
         self.uses_recorded: dict[Node, int] = defaultdict(int)
         self.observers: weakref.WeakSet[Observer] = weakref.WeakSet()
         # Of the backward that is running
-        self.running = self.retain = self.collecting = self.pulling = False
+        self.running = self.retain = self.collecting = self.keeping = self.pulling = False
         self.fired = False
         # What a penalty on the norms found: B, squared norms, methods. No backward is recorded after it.
         self.penalised: tuple[int, dict[str, Tensor], dict[str, str]] | None = None
@@ -259,8 +259,8 @@ class Recorder(TorchFunctionMode):
         for name in names:
             carried = self._carry(target, contribution, name)
             if self.collecting or self.uses_expected[name] > 1:
-                keeps = self.collecting and not self.sharded
-                self.uses[name].append(carried if keeps else carried.without_graph())
+                use = carried if self.collecting and not self.sharded else carried.without_graph()
+                self.uses[name].append(use.kept() if self.keeping else use)
             else:
                 self._note(name, carried.norm_sq(), carried.alone)
         total = need_total and not self.collecting
@@ -306,17 +306,18 @@ class Recorder(TorchFunctionMode):
         grads: Sequence[Tensor | None] | None = None,
         *,
         create_graph: bool = False,
+        keep: bool = False,
     ) -> dict[str, list[Contribution]]:
-        """Name → what the parameter's uses give a backward of the outputs, from grads or ones; `.grad` stays."""
+        """Name → what the parameter's uses give a backward of outputs from grads or ones, maybe kept; .grad stays."""
         self.check_uses(outputs)
         self.uses.clear()
-        self.running = self.retain = self.collecting = True
+        self.running, self.retain, self.collecting, self.keeping = True, True, True, keep
         try:
             with self.pass_by() if create_graph else self:  # for the second forward of checkpoints
                 run_grad(outputs, list(self.leaves.values()), grads, True, create_graph, allow_unused=True)
             return dict(self.uses)
         finally:
-            self.running = self.collecting = self.fired = False
+            self.running = self.collecting = self.keeping = self.fired = False
             self.uses = defaultdict(list)
 
     @contextlib.contextmanager

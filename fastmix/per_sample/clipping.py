@@ -70,7 +70,7 @@ def clipped_backward(
         raise ValueError(f"noise_multiplier must be finite and at least 0, got {noise_multiplier}")
     if noise_multiplier > 0 and max_norm == float("inf"):
         raise ValueError("max_norm must be finite if there is noise, got inf")
-    gradients = _PerSampleGradients(per_sample_losses, model)
+    gradients = _PerSampleGradients(per_sample_losses, model, keep=True)
     losses = per_sample_losses
     if sample_weight is not None:
         check_float("sample_weight", sample_weight)
@@ -147,7 +147,8 @@ def _add_noise(
 class _PerSampleGradients:
     """Every sample's gradient of each parameter, as contributions, or by a backward each after an ordinary forward."""
 
-    def __init__(self, losses: Tensor, model: nn.Module):
+    def __init__(self, losses: Tensor, model: nn.Module, *, keep: bool = False):
+        """keep: for norms and sums, not for a Gram matrix."""
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
         check_kind(model)
@@ -171,17 +172,16 @@ class _PerSampleGradients:
             with self.at_rest():
                 outputs, grads, self.sink = past_sink(losses, torch.ones_like(losses))
             check_seen(self.recorder, outputs)
-            self.uses = {name: combine(uses) for name, uses in self.recorder.collect(outputs, grads).items()}
+            found = self.recorder.collect(outputs, grads, keep=keep)
+            self.uses = {name: combine(uses) for name, uses in found.items()}
 
     def at_rest(self) -> contextlib.AbstractContextManager:
         """For the following."""
         return contextlib.nullcontext() if self.recorder is None else self.recorder.at_rest()
 
     def norm_sq(self) -> dict[str, Tensor]:
-        """Name → [B], of the parameters that the losses use; their sums are expected to follow."""
+        """Name → [B], of the parameters that the losses use."""
         if self.recorder is not None:
-            for name, use in self.uses.items():
-                self.uses[name] = use.kept()
             return {name: use.norm_sq() for name, use in self.uses.items()}
         found: dict[str, list[Tensor]] = defaultdict(list)
         b, parameters = len(self.losses), list(self.parameters.values())
