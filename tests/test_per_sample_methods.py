@@ -55,6 +55,7 @@ MODELS = {
     "tokens": (_mlp, lambda: torch.randn(B, T, 6)),
     "long samples": (lambda: nn.Sequential(nn.Linear(3, 2), nn.Tanh(), nn.Linear(2, 2)), lambda: torch.randn(B, 40, 3)),
     "language": (Language, lambda: torch.randint(0, V, (B, T))),
+    "long texts": (Language, lambda: torch.randint(0, V, (B, 8 * T))),
     "image": (_image, lambda: torch.randn(B, 1, 6, 6)),
     "recurrent": (lambda: Last(nn.LSTM(6, 5, batch_first=True)), lambda: torch.randn(B, T, 6)),
 }
