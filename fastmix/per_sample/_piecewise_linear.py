@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.graph import disable_saved_tensors_hooks
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakIdKeyDictionary
 
@@ -46,7 +47,7 @@ class PiecewiseLinear(TorchFunctionMode):
             self._holds = False
         if not torch.is_grad_enabled():
             return func(*args, **kwargs)
-        if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
+        if _saved_tensors_are_hooked():
             # A checkpoint counts what functions save, and repeats them where nobody intercepts them.
             self._holds = False
             return func(*args, **kwargs)
@@ -93,6 +94,15 @@ class PiecewiseLinear(TorchFunctionMode):
             too_large = isinstance(value, Tensor) and value.ndim > signal.ndim
             return None if too_large else self.scaled(value, signal)
         return value if value.ndim == signal.ndim else None
+
+
+def _saved_tensors_are_hooked() -> bool:
+    """Whether somebody packs what functions save for the backward: a checkpoint that is not reentrant, save_on_cpu."""
+    try:
+        with disable_saved_tensors_hooks("asked"):
+            return False
+    except RuntimeError:
+        return True
 
 
 # Writes to it are seen by nobody.
