@@ -216,6 +216,46 @@ def test_autocast(layer):
         assert F.cosine_similarity(p.grad.flatten(), expected[name].flatten(), dim=0) > 0.98, name
 
 
+class _Center(nn.Module):
+    """Subtracts a moving mean."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(3, 1, 1))
+
+    def forward(self, h):
+        centered = h - self.mean
+        with torch.no_grad():
+            self.mean.lerp_(h.mean((0, 2, 3))[:, None, None], 0.1)
+        return centered
+
+
+def test_a_buffer_may_be_updated_after_its_use(claims):
+    model, x = discriminator_of(_Center())
+    other = copy.deepcopy(model)
+    expected = values_and_gradients(other, x, plain)
+    for name, grad in values_and_gradients(model, x, gradient_normalize).items():
+        if grad is not None:
+            torch.testing.assert_close(grad, expected[name])
+    torch.testing.assert_close(model.layers[0].mean, other.layers[0].mean)
+    assert claims == [True]
+
+
+@pytest.mark.parametrize("constant", [0.1, torch.tensor([257])], ids=["float", "int64"])
+def test_constants_are_not_rounded_to_the_dtype_of_x(constant, claims):
+    """As in a discriminator whose end is computed in float32."""
+    found = []
+
+    def discriminator(x):
+        found.append(x.float().sum(1) + constant)
+        return found[-1]
+
+    x = torch.randn(4, 8).bfloat16()
+    gradient_normalize(discriminator, x)
+    assert claims == [True]
+    torch.testing.assert_close(found[0].detach(), x.float().sum(1) + constant, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("batch", [0, 1])
 def test_small_batches(batch):
     model, x = discriminator_of(nn.ReLU(), nn.MaxPool2d(2))

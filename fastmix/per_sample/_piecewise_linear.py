@@ -85,14 +85,17 @@ class PiecewiseLinear(TorchFunctionMode):
 
     def scaled(self, constant: Tensor | float, like: Tensor) -> Tensor:
         """s times a constant that is to be added to `like`."""
-        product = self.scale.tensor.view(-1, *[1] * (like.ndim - 1)) * constant
-        return product.to(torch.result_type(like, constant))
+        scale = self.scale.tensor.to(torch.result_type(like, constant))
+        return scale.view(-1, *[1] * (like.ndim - 1)) * constant
 
     def addend(self, value: Tensor | float, signal: Tensor) -> Tensor | None:
         """What is added to a signal, of its rank, if that leaves samples apart."""
         if not self.is_signal(value):
-            too_large = isinstance(value, Tensor) and value.ndim > signal.ndim
-            return None if too_large else self.scaled(value, signal)
+            if isinstance(value, Tensor):
+                if value.ndim > signal.ndim:
+                    return None
+                value = value if value.requires_grad else value.clone()  # a buffer may be updated before the backward
+            return self.scaled(value, signal)
         return value if value.ndim == signal.ndim else None
 
 
