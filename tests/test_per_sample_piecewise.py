@@ -125,6 +125,8 @@ class _Checkpointed(nn.Module):
 PIECEWISE_LINEAR = {
     "relu": nn.ReLU(), "relu in place": nn.ReLU(inplace=True), "leaky relu": nn.LeakyReLU(0.1),
     "leaky relu in place": nn.LeakyReLU(0.2, inplace=True), "negative slope": nn.LeakyReLU(-0.5),
+    "slope of 0": nn.LeakyReLU(0.0), "leaky relu, then changed": Apply(lambda h, w: F.leaky_relu(h, 0.2).mul_(2)),
+    "slope of 0, then changed": Apply(lambda h, w: F.leaky_relu(h, 0.0).mul_(2)),
     "relu of a view in place": Apply(lambda h, w: F.relu(h.view(4, -1), inplace=True)),
     "relu, function": Apply(lambda h, w: torch.relu(h)), "relu, method": Apply(lambda h, w: h.relu()),
     "relu_": Apply(lambda h, w: (h * w).relu_()), "prelu": nn.PReLU(3), "prelu of one": nn.PReLU(),

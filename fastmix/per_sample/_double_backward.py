@@ -83,15 +83,14 @@ class ConvInputGrad(torch.autograd.Function):
         return by_grad, by_weight, *others
 
 
-class LeakyReLU(torch.autograd.Function):
-    """Of a slope that is not negative: the result tells the pieces."""
+class ReLU(torch.autograd.Function):
+    """Saves its result, as PyTorch's does."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, slope: float, inplace: bool) -> Tensor:
+    def forward(ctx, x: Tensor, inplace: bool) -> Tensor:
         if inplace:
             ctx.mark_dirty(x)
-        y = F.relu(x, inplace) if slope == 0 else F.leaky_relu(x, slope, inplace)
-        ctx.slope = slope
+        y = F.relu(x, inplace)
         ctx.save_for_backward(y)
         ctx.set_materialize_grads(False)
         return y
@@ -99,11 +98,30 @@ class LeakyReLU(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor | None):
         if grad is None:
+            return None, None
+        return torch.ops.aten.threshold_backward.default(grad, ctx.saved_tensors[0].detach(), 0), None
+
+
+class LeakyReLU(torch.autograd.Function):
+    """Saves x, so that its result may be changed in place, or in place its result, which tells a positive slope's
+    pieces: as PyTorch's does."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, slope: float, inplace: bool) -> Tensor:
+        if inplace:
+            ctx.mark_dirty(x)
+        y = F.leaky_relu(x, slope, inplace)
+        ctx.options = slope, inplace
+        ctx.save_for_backward(y if inplace else x)
+        ctx.set_materialize_grads(False)
+        return y
+
+    @staticmethod
+    def backward(ctx, grad: Tensor | None):
+        if grad is None:
             return None, None, None
-        y = ctx.saved_tensors[0].detach()
-        if ctx.slope == 0:
-            return torch.ops.aten.threshold_backward.default(grad, y, 0), None, None
-        return torch.ops.aten.leaky_relu_backward.default(grad, y, ctx.slope, True), None, None
+        saved = ctx.saved_tensors[0].detach()
+        return torch.ops.aten.leaky_relu_backward.default(grad, saved, *ctx.options), None, None
 
 
 class MaxPool2d(torch.autograd.Function):

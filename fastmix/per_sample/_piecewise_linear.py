@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakIdKeyDictionary
 
 from fastmix.per_sample._batch import is_in_place, map_tensors, tensors_in
-from fastmix.per_sample._double_backward import Conv, LeakyReLU, MaxPool2d, Scale
+from fastmix.per_sample._double_backward import Conv, LeakyReLU, MaxPool2d, ReLU, Scale
 
 
 class PiecewiseLinear(TorchFunctionMode):
@@ -160,15 +160,17 @@ def _cat(pieces: PiecewiseLinear, func: Callable, /, tensors: Sequence[Tensor], 
 
 
 def _relu(pieces: PiecewiseLinear, func: Callable, /, input: Tensor, inplace: bool = False):
-    return _leaky_relu(pieces, func, input, 0.0, inplace)
+    inplace = inplace or is_in_place(func)
+    # A view can't be changed in place by a function of our own.
+    return F.relu(input, inplace) if inplace and input._base is not None else ReLU.apply(input, inplace)
 
 
 def _leaky_relu(
     pieces: PiecewiseLinear, func: Callable, /, input: Tensor, negative_slope: float = 0.01, inplace: bool = False
 ):
     inplace = inplace or is_in_place(func)
-    # A view can't be changed in place by a function of our own; a negative slope can't be told from the result.
-    if negative_slope < 0 or (inplace and input._base is not None):
+    # Of a slope that is not positive, the result does not tell the pieces.
+    if inplace and (negative_slope <= 0 or input._base is not None):
         return F.leaky_relu(input, negative_slope, inplace)
     return LeakyReLU.apply(input, negative_slope, inplace)
 
